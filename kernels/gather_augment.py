@@ -1,0 +1,85 @@
+"""A training batch out of a data set in memory: gather, random crop after zero padding, random horizontal flip.
+
+    w0, w1, w2 = Philox words of counter (0, id_lo, id_hi, 0xA06) and key (seed_lo, seed_hi)
+    dy = w0 (2 pad + 1) >> 32,  dx = w1 (2 pad + 1) >> 32      the crop's corner in the padded image
+    flipped = flip and w2 & 1;   pixel = uint8 / 255, correctly rounded
+
+data uint8 [N, C, H, W], index int64 [B] (which images), ids int64 [B] (what names each draw), seed int64 0-D; returns
+float32 [B, C, H, W] in [0, 1], the same bits on every device. pad = 0 without flip is plain loading. Reads one byte and
+writes four a pixel; memory-bound. On a GPU an index outside the data gives NaN pixels, since the host never looks.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safer_fast.kernels.op import Op, attach, refuse
+from safer_fast.kernels.philox import CROP, halves, philox
+
+
+def _check(data: Tensor, index: Tensor, ids: Tensor, pad: int) -> None:
+    refuse(
+        data.dtype != torch.uint8 or data.ndim != 4,
+        f"gather_augment: data must be uint8 [N, C, H, W], not {data.dtype} {list(data.shape)}",
+    )
+    refuse(
+        index.dtype != torch.int64 or ids.dtype != torch.int64 or index.ndim != 1 or index.shape != ids.shape,
+        f"gather_augment: index and ids must be int64 [B], not {index.dtype} {list(index.shape)} "
+        f"and {ids.dtype} {list(ids.shape)}",
+    )
+    refuse(pad < 0, f"gather_augment: pad={pad}: padding is 0 or more; 0 turns the crop off")
+
+
+def reference(data: Tensor, index: Tensor, ids: Tensor, seed: Tensor, pad: int, flip: bool) -> Tensor:
+    """See the top of the file. ValueError: shapes or dtypes do not fit, pad < 0; IndexError: index outside the data."""
+    _check(data, index, ids, pad)
+    _, _, H, W = data.shape
+    id_lo, id_hi = halves(ids)
+    w0, w1, w2, _ = philox((0, id_lo, id_hi, CROP), halves(seed))
+    dy, dx = w0 * (2 * pad + 1) >> 32, w1 * (2 * pad + 1) >> 32
+    rows_BH = dy[:, None] + torch.arange(H, device=data.device)
+    cols_BW = torch.arange(W, device=data.device).expand(len(ids), W)
+    if flip:
+        cols_BW = torch.where((w2 & 1).bool()[:, None], W - 1 - cols_BW, cols_BW)
+    cols_BW = cols_BW + dx[:, None]
+    padded_BCHW = torch.nn.functional.pad(data[index], (pad, pad, pad, pad))
+    images = torch.arange(len(ids), device=data.device)
+    crop_BHWC = padded_BCHW[images[:, None, None], :, rows_BH[:, :, None], cols_BW[:, None, :]]
+    # By a tensor: CUDA turns division by a Python number into a multiplication, which rounds otherwise.
+    return crop_BHWC.permute(0, 3, 1, 2).contiguous() / torch.full((), 255.0, device=data.device)
+
+
+gather_augment = torch.library.custom_op("safer_fast::gather_augment", reference, mutates_args=())
+
+
+@gather_augment.register_fake
+def _fake(data: Tensor, index: Tensor, ids: Tensor, seed: Tensor, pad: int, flip: bool) -> Tensor:
+    _check(data, index, ids, pad)
+    return data.new_empty((len(index), *data.shape[1:]), dtype=torch.float32)
+
+
+def launch(data: Tensor, index: Tensor, ids: Tensor, seed: Tensor, pad: int, flip: bool) -> Tensor:
+    raise NotImplementedError
+
+
+attach(gather_augment, reference, reference)
+
+
+def samples(device: torch.device | str, dtype: torch.dtype, seed: int) -> Iterator[tuple[Any, ...]]:
+    """`dtype` changes nothing: the op reads uint8 and writes float32."""
+    random = torch.Generator().manual_seed(seed)
+    for shape, pad, flip in (((9, 3, 7, 5), 2, True), ((4, 1, 8, 8), 4, True), ((5, 3, 32, 32), 0, False)):
+        data = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8).to(device)
+        index = torch.randint(0, shape[0], (6,), generator=random).to(device)
+        ids = torch.randint(-(2**40), 2**40, (6,), generator=random).to(device)
+        yield data, index, ids, torch.tensor(seed + (3 << 33), device=device), pad, flip
+    yield data.transpose(2, 3)[:, :2], index[::2], ids[::2], torch.tensor(-5, device=device), 1, True
+
+
+def bytes_moved(data: Tensor, index: Tensor, ids: Tensor, *_: Any) -> int:
+    return len(index) * data[0].numel() * 5 + index.nbytes + ids.nbytes
+
+
+OP = Op("gather_augment", gather_augment, reference, launch, samples, bytes_moved)
