@@ -1,0 +1,156 @@
+"""Projected gradient descent (Madry et al. 2018) in L∞ and L2, on keyed draws.
+
+Legend: B images; x [B, C, H, W] in [0, 1].
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..modes import eval_mode
+from .objectives import OBJECTIVES, margin
+from .threat import Threat, check_eps, check_norm, threat
+
+STARTS = ("uniform", "gaussian", "none")
+# Streams of the keyed generator: each restart has its own eight.
+_UNIFORM, _RADIUS, _NORMAL_A, _NORMAL_B = range(4)
+_STREAMS = 8
+
+
+@dataclass(frozen=True)
+class PGD:
+    """Steepest ascent of an objective inside the threat model; algorithm and configuration at once.
+
+    eps, alpha: budget and step in pixels of [0, 1]; alpha None means eps/4. norm: "Linf" or "L2".
+    start: "uniform" (in the ball), "gaussian" (x + 0.001 N(0, 1), TRADES) or "none".
+    objective: "ce", "margin" (CW), "kl" (TRADES). restarts: the worst of so many runs is kept, image by image.
+    eps = 0 is legal and changes nothing. Raises ValueError for values out of range.
+    """
+
+    eps: float = 8 / 255
+    alpha: float | None = None
+    steps: int = 10
+    norm: str = "Linf"
+    restarts: int = 1
+    start: str = "uniform"
+    objective: str = "ce"
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+        check_norm(self.norm)
+        if self.alpha is not None and not 0 < self.alpha <= (2 * self.eps or math.inf):
+            raise ValueError(
+                f"alpha={self.alpha} at eps={self.eps}: a step is more than 0 and at most 2 eps; leave it out for eps/4"
+            )
+        if self.steps < 0 or self.restarts < 1:
+            raise ValueError(f"steps={self.steps}, restarts={self.restarts}: give steps ≥ 0 and restarts ≥ 1")
+        if self.start not in STARTS:
+            raise ValueError(f"start={self.start!r}: choose one of {', '.join(STARTS)}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r}: choose one of {', '.join(OBJECTIVES)}")
+
+    @property
+    def step_size(self) -> float:
+        """alpha, or eps/4."""
+        return self.eps / 4 if self.alpha is None else self.alpha
+
+    @property
+    def threat(self) -> Threat:
+        """What the attack may do."""
+        return threat(self.norm, self.eps)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor | None = None,
+        *,
+        seed: int | Tensor = 0,
+        eps: float | Tensor | None = None,
+    ) -> Tensor:
+        """Adversarial images for x [B, C, H, W] in [0, 1] and labels y.
+
+        ids: int64 [B], the draw of an image depends on (seed, id, restart) alone; default: its place in the batch.
+        eps: another budget for this call (a number or 0-D tensor); the step scales with it.
+        The model is in eval mode meanwhile; no parameter's .grad is touched. Returns a new tensor of x's dtype.
+        """
+        if self.eps == 0:
+            return x.clone()
+        x = x.detach()
+        ids = torch.arange(len(x), device=x.device) if ids is None else ids
+        seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
+        eps = torch.as_tensor(self.eps if eps is None else eps, dtype=x.dtype, device=x.device)
+        with eval_mode(model):
+            reference = self._reference(model, x)
+            x_adv = self._run(model, x, y, ids, seed, eps, reference, restart=0)
+            for restart in range(1, self.restarts):
+                other = self._run(model, x, y, ids, seed, eps, reference, restart=restart)
+                x_adv = _worse(model, x_adv, other, y)
+        return x_adv
+
+    def _run(
+        self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: Tensor, eps: Tensor,
+        reference: Tensor | None, *, restart: int,
+    ) -> Tensor:  # fmt: skip
+        move = ops.linf_step if self.norm == "Linf" else ops.l2_step
+        alpha = eps * (self.step_size / self.eps)
+        x_adv = self._start(x, ids, seed, eps, restart * _STREAMS)
+        for _ in range(self.steps):
+            g = self.input_gradient(model, x_adv, y, reference)
+            move(x_adv, g, x, alpha, eps)
+        return x_adv
+
+    def input_gradient(self, model: nn.Module, x_adv: Tensor, y: Tensor, reference: Tensor | None = None) -> Tensor:
+        """∇_x of the objective summed over the batch; nothing else is differentiated."""
+        with torch.enable_grad():
+            z = x_adv.detach().requires_grad_()
+            value = OBJECTIVES[self.objective](model(z), y, reference).sum()
+        return torch.autograd.grad(value, z)[0]
+
+    def _reference(self, model: nn.Module, x: Tensor) -> Tensor | None:
+        if self.objective != "kl":
+            return None
+        with torch.no_grad():
+            return model(x).log_softmax(1)
+
+    def _start(self, x: Tensor, ids: Tensor, seed: Tensor, eps: Tensor, stream: int) -> Tensor:
+        if self.start == "none":
+            return x.clone()
+        if self.start == "gaussian":
+            return (x + 0.001 * _normal(x, ids, seed, stream)).clamp_(0, 1)
+        if self.norm == "Linf":
+            return ops.uniform_start(x, ids, seed, eps, stream + _UNIFORM, 0.0, 1.0)
+        return self._start_in_ball(x, ids, seed, eps, stream)
+
+    def _start_in_ball(self, x: Tensor, ids: Tensor, seed: Tensor, eps: Tensor, stream: int) -> Tensor:
+        """Uniform in the L2 ball: a normal direction, and a radius eps · u^(1/d)."""
+        direction = _normal(x, ids, seed, stream).flatten(1)
+        u = _uniform(x[:, :1, :1, :1], ids, seed, stream + _RADIUS).flatten(1)
+        radius = eps * u ** (1 / direction.shape[1])
+        delta = direction * (radius / direction.norm(dim=1, keepdim=True))
+        return (x + delta.view_as(x)).clamp_(0, 1)
+
+
+def _uniform(like: Tensor, ids: Tensor, seed: Tensor, stream: int) -> Tensor:
+    """u in [0, 1) of the shape of `like`."""
+    one = torch.ones((), dtype=like.dtype, device=like.device)
+    return (ops.uniform_start(torch.zeros_like(like), ids, seed, one, stream, -1.0, 1.0) + 1) / 2
+
+
+def _normal(like: Tensor, ids: Tensor, seed: Tensor, stream: int) -> Tensor:
+    """N(0, 1) by Box and Muller."""
+    a = _uniform(like, ids, seed, stream + _NORMAL_A)
+    b = _uniform(like, ids, seed, stream + _NORMAL_B)
+    return (-2 * torch.log1p(-a)).sqrt() * torch.cos(2 * math.pi * b)
+
+
+def _worse(model: nn.Module, a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """Image by image the one with the larger margin, misclassified first; soft labels count as their largest."""
+    labels = y if y.ndim == 1 else y.argmax(1)
+    with torch.no_grad():
+        better = margin(model(b), labels) > margin(model(a), labels)
+    return torch.where(better.view(-1, 1, 1, 1), b, a)
