@@ -1,12 +1,14 @@
-"""A training batch out of a data set in memory: gather, random crop after zero padding, random horizontal flip.
+"""A training batch out of a data set in memory: gather, random crop after zero padding, random horizontal
+flip.
 
     w0, w1, w2 = Philox words of counter (0, id_lo, id_hi, 0xA06) and key (seed_lo, seed_hi)
     dy = w0 (2 pad + 1) >> 32,  dx = w1 (2 pad + 1) >> 32      the crop's corner in the padded image
     flipped = flip and w2 & 1;   pixel = uint8 / 255, correctly rounded
 
-data uint8 [N, C, H, W], index int64 [B] (which images), ids int64 [B] (what names each draw), seed int64 0-D; returns
-float32 [B, C, H, W] in [0, 1], the same bits on every device. pad = 0 without flip is plain loading. Reads one byte and
-writes four a pixel; memory-bound. On a GPU an index outside the data gives NaN pixels, since the host never looks.
+data uint8 [N, C, H, W], index int64 [B] (which images), ids int64 [B] (what names each draw), seed int64
+0-D; returns float32 [B, C, H, W] in [0, 1], the same bits on every device. pad = 0 without flip is plain
+loading. Reads one byte and writes four a pixel; memory-bound. On a GPU an index outside the data gives NaN
+pixels, since the host never looks.
 """
 
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safer_fast.kernels.op import Op, attach, refuse
+from safer_fast.kernels.op import ROUNDED, Op, attach, cdiv, readable, refuse, tl, triton
 from safer_fast.kernels.philox import CROP, halves, philox
 
 
@@ -33,7 +35,7 @@ def _check(data: Tensor, index: Tensor, ids: Tensor, pad: int) -> None:
 
 
 def reference(data: Tensor, index: Tensor, ids: Tensor, seed: Tensor, pad: int, flip: bool) -> Tensor:
-    """See the top of the file. ValueError: shapes or dtypes do not fit, pad < 0; IndexError: index outside the data."""
+    """See the top of the file. ValueError: shapes or dtypes do not fit, pad < 0; IndexError: index outside."""
     _check(data, index, ids, pad)
     _, _, H, W = data.shape
     id_lo, id_hi = halves(ids)
@@ -60,11 +62,50 @@ def _fake(data: Tensor, index: Tensor, ids: Tensor, seed: Tensor, pad: int, flip
     return data.new_empty((len(index), *data.shape[1:]), dtype=torch.float32)
 
 
+@triton.jit
+def _kernel(
+    p_out, p_data, p_index, p_ids, p_seed, N, C, H, W, PAD: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr
+):
+    i_image = tl.program_id(0)
+    image = tl.load(p_ids + i_image)  # []
+    w0, w1, w2, _ = tl.philox(
+        tl.load(p_seed), tl.to_tensor(0).to(tl.uint32), image.to(tl.uint32), (image >> 32).to(tl.uint32),
+        tl.to_tensor(2566).to(tl.uint32),
+    )  # fmt: skip
+    SPAN: tl.constexpr = 2 * PAD + 1
+    span = tl.to_tensor(SPAN).to(tl.uint32)
+    dy = tl.umulhi(w0, span).to(tl.int32)
+    dx = tl.umulhi(w1, span).to(tl.int32)
+    o_ = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_ = o_ < C * H * W
+    b_col, b_row, b_channel = o_ % W, o_ // W % H, o_ // W // H
+    if FLIP:
+        b_col = tl.where((w2 & 1) == 1, W - 1 - b_col, b_col)
+    b_col, b_row = b_col + dx - PAD, b_row + dy - PAD
+    source = tl.load(p_index + i_image)  # []
+    known = (source >= 0) & (source < N)
+    m_inside = m_ & (b_row >= 0) & (b_row < tl.where(known, H, 0)) & (b_col >= 0) & (b_col < W)
+    p_image = p_data + source * (C * H * W)
+    b_byte = tl.load(p_image + (b_channel * H + b_row) * W + b_col, mask=m_inside, other=0)  # [BLOCK]
+    b_pixel = tl.math.div_rn(b_byte.to(tl.float32), 255.0)
+    p_row = p_out + i_image.to(tl.int64) * (C * H * W)
+    tl.store(p_row + o_, tl.where(known, b_pixel, float("nan")), mask=m_)
+
+
 def launch(data: Tensor, index: Tensor, ids: Tensor, seed: Tensor, pad: int, flip: bool) -> Tensor:
-    raise NotImplementedError
+    """The reference in one Triton kernel. ValueError: as the reference."""
+    _check(data, index, ids, pad)
+    data, index, ids, seed = (readable(data, t) for t in (data, index, ids, seed))
+    N, C, H, W = data.shape
+    out, block = data.new_empty((len(index), C, H, W), dtype=torch.float32), 1024
+    if out.numel():
+        _kernel[(len(index), cdiv(C * H * W, block))](
+            out, data, index, ids, seed, N, C, H, W, PAD=pad, FLIP=flip, BLOCK=block, num_warps=4, **ROUNDED
+        )
+    return out
 
 
-attach(gather_augment, reference, reference)
+attach(gather_augment, launch, reference)
 
 
 def samples(device: torch.device | str, dtype: torch.dtype, seed: int) -> Iterator[tuple[Any, ...]]:
@@ -75,6 +116,7 @@ def samples(device: torch.device | str, dtype: torch.dtype, seed: int) -> Iterat
         index = torch.randint(0, shape[0], (6,), generator=random).to(device)
         ids = torch.randint(-(2**40), 2**40, (6,), generator=random).to(device)
         yield data, index, ids, torch.tensor(seed + (3 << 33), device=device), pad, flip
+    yield data, index[:0], ids[:0], torch.tensor(1, device=device), 1, True
     yield data.transpose(2, 3)[:, :2], index[::2], ids[::2], torch.tensor(-5, device=device), 1, True
 
 

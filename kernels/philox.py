@@ -1,7 +1,9 @@
-"""Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): random words from a counter.
+"""Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): random words from a
+counter.
 
-A draw depends on its counter and key alone, so an image's noise is the same on every device, in every batch order and
-on any number of processes. Words are held in int64, since PyTorch multiplies no unsigned 32-bit integers.
+A draw depends on its counter and key alone, so an image's noise is the same on every device, in every batch
+order and on any number of processes. Words are held in int64, since PyTorch multiplies no unsigned 32-bit
+integers.
 """
 
 import torch

@@ -3,11 +3,12 @@
     counter = (j // 4, id_lo, id_hi, stream), key = (seed_lo, seed_hi); element j of an image takes word j % 4
     u = (word >> 8) 2^-24
 
-x [B, ...] float32 or float64, ids int64 [B] (what names an image, not its place in the batch), seed int64 0-D,
-eps 0-D of any float dtype. Reads x, ids and two scalars, writes a new contiguous tensor like x: 8 bytes a float32
-pixel. About 60 integer operations a pixel: near the balance of memory and compute.
+x [B, ...] float32 or float64, ids int64 [B] (what names an image, not its place in the batch), seed int64
+0-D, eps 0-D of any float dtype. Reads x, ids and two scalars, writes a new contiguous tensor like x: 8
+bytes a float32 pixel. About 60 integer operations a pixel: near the balance of memory and compute.
 
-u and 2u - 1 are exact in float32; the product and the sum round once each, so the bits are the same on every device.
+u and 2u - 1 are exact in float32; the product and the sum round once each, so the bits are the same on
+every device.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safer_fast.kernels.op import Op, attach, refuse
+from safer_fast.kernels.op import ROUNDED, Op, attach, cdiv, readable, refuse, tl, triton
 from safer_fast.kernels.philox import MASK, halves, philox
 
 
@@ -55,11 +56,43 @@ def _fake(x: Tensor, ids: Tensor, seed: Tensor, eps: Tensor, stream: int, low: f
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@triton.jit
+def _kernel(
+    p_out, p_x, p_ids, p_seed, p_eps, D, stream, low, high, BLOCK: tl.constexpr
+):  # fmt: skip
+    """BLOCK counters of one image, four pixels each."""
+    i_image, i_tile = tl.program_id(0), tl.program_id(1)
+    image = tl.load(p_ids + i_image)  # []
+    seed = tl.load(p_seed)  # []
+    eps = tl.load(p_eps).to(tl.float32)  # []
+    b_counter = (i_tile * BLOCK + tl.arange(0, BLOCK)).to(tl.uint32)
+    b_0 = tl.zeros([BLOCK], dtype=tl.uint32)
+    b_lo, b_hi = b_0 + image.to(tl.uint32), b_0 + (image >> 32).to(tl.uint32)
+    b_w0, b_w1, b_w2, b_w3 = tl.philox(seed, b_counter, b_lo, b_hi, b_0 + stream.to(tl.uint32))
+    b_word = tl.interleave(tl.interleave(b_w0, b_w2), tl.interleave(b_w1, b_w3))  # [4 BLOCK]: w0 w1 w2 w3 w0 …
+    b_signed = (b_word >> 8).to(tl.float32) * 1.1920928955078125e-07 - 1.0  # 2^-23
+    o_ = i_tile * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
+    m_ = o_ < D
+    o_ = i_image.to(tl.int64) * D + o_
+    b_out = tl.load(p_x + o_, mask=m_) + eps * b_signed  # [4 BLOCK]
+    b_out = tl.maximum(b_out, low, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(p_out + o_, tl.minimum(b_out, high, propagate_nan=tl.PropagateNan.ALL), mask=m_)
+
+
 def launch(x: Tensor, ids: Tensor, seed: Tensor, eps: Tensor, stream: int, low: float, high: float) -> Tensor:
-    raise NotImplementedError
+    """The reference in one Triton kernel. ValueError: as the reference, or float64."""
+    _check(x, ids)
+    x, ids, seed, eps = (readable(x, t) for t in (x, ids, seed, eps))
+    out, block = torch.empty_like(x), 256
+    if x.numel():
+        D = x[0].numel()
+        _kernel[(len(x), cdiv(D, 4 * block))](
+            out, x, ids, seed, eps, D, stream, low, high, BLOCK=block, num_warps=4, **ROUNDED
+        )
+    return out
 
 
-attach(uniform_start, reference, reference)
+attach(uniform_start, launch, reference)
 
 
 def samples(device: torch.device | str, dtype: torch.dtype, seed: int) -> Iterator[tuple[Any, ...]]:
@@ -69,7 +102,9 @@ def samples(device: torch.device | str, dtype: torch.dtype, seed: int) -> Iterat
         ids = torch.randint(-(2**40), 2**40, shape[:1], generator=random).to(device)
         eps = torch.tensor(8 / 255, device=device)
         yield x, ids, torch.tensor(seed + (7 << 40), device=device), eps, stream, 0.0, 1.0
-    yield x.expand(5, 3).t()[:, :1].repeat(1, 9)[:, ::2], ids[:3], torch.tensor(-1, device=device), eps, 3, -1.0, 2.0
+    strided = torch.rand(10, 3, generator=random).to(device, dtype).t()[:, ::2]
+    yield strided, ids[:3], torch.tensor(-1, device=device), eps, 3, -1.0, 2.0
+    yield x[:0], ids[:0], torch.tensor(1, device=device), eps, 3, 0.0, 1.0
 
 
 def bytes_moved(x: Tensor, ids: Tensor, *_: Any) -> int:
