@@ -56,9 +56,7 @@ def reference(
         old.copy_(torch.where(finite, new, old))
 
 
-adamw_update = torch.library.custom_op(
-    "safer_fast::adamw_update", reference, mutates_args=("w", "m", "v", "copy")
-)
+adamw_update = torch.library.custom_op("safer_fast::adamw_update", reference, mutates_args=("w", "m", "v", "copy"))
 
 
 @adamw_update.register_fake

@@ -3,7 +3,7 @@ flip.
 
     w0, w1, w2 = Philox words of counter (0, id_lo, id_hi, 0xA06) and key (seed_lo, seed_hi)
     dy = w0 (2 pad + 1) >> 32,  dx = w1 (2 pad + 1) >> 32      the crop's corner in the padded image
-    flipped = flip and w2 & 1;   pixel = uint8 / 255, correctly rounded
+    flipped = flip and w2 & 1;   pixel = uint8 / 255, correctly rounded;   outside the image 0
 
 data uint8 [N, C, H, W], index int64 [B] (which images), ids int64 [B] (what names each draw), seed int64
 0-D; returns float32 [B, C, H, W] in [0, 1], the same bits on every device. pad = 0 without flip is plain
@@ -46,7 +46,7 @@ def reference(data: Tensor, index: Tensor, ids: Tensor, seed: Tensor, pad: int, 
     if flip:
         cols_BW = torch.where((w2 & 1).bool()[:, None], W - 1 - cols_BW, cols_BW)
     cols_BW = cols_BW + dx[:, None]
-    padded_BCHW = torch.nn.functional.pad(data[index], (pad, pad, pad, pad))
+    padded_BCHW = torch.nn.functional.pad(data.index_select(0, index), (pad, pad, pad, pad))
     images = torch.arange(len(ids), device=data.device)
     crop_BHWC = padded_BCHW[images[:, None, None], :, rows_BH[:, :, None], cols_BW[:, None, :]]
     # By a tensor: CUDA turns division by a Python number into a multiplication, which rounds otherwise.
@@ -64,8 +64,9 @@ def _fake(data: Tensor, index: Tensor, ids: Tensor, seed: Tensor, pad: int, flip
 
 @triton.jit
 def _kernel(
-    p_out, p_data, p_index, p_ids, p_seed, N, C, H, W, PAD: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr
-):
+    p_out, p_data, p_index, p_ids, p_seed, N, C, H, W, s_image, s_channel, s_row, s_col,
+    PAD: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     i_image = tl.program_id(0)
     image = tl.load(p_ids + i_image)  # []
     w0, w1, w2, _ = tl.philox(
@@ -85,8 +86,8 @@ def _kernel(
     source = tl.load(p_index + i_image)  # []
     known = (source >= 0) & (source < N)
     m_inside = m_ & (b_row >= 0) & (b_row < tl.where(known, H, 0)) & (b_col >= 0) & (b_col < W)
-    p_image = p_data + source * (C * H * W)
-    b_byte = tl.load(p_image + (b_channel * H + b_row) * W + b_col, mask=m_inside, other=0)  # [BLOCK]
+    p_pixel = p_data + source * s_image + b_channel * s_channel + b_row * s_row + b_col * s_col
+    b_byte = tl.load(p_pixel, mask=m_inside, other=0)  # [BLOCK]
     b_pixel = tl.math.div_rn(b_byte.to(tl.float32), 255.0)
     p_row = p_out + i_image.to(tl.int64) * (C * H * W)
     tl.store(p_row + o_, tl.where(known, b_pixel, float("nan")), mask=m_)
@@ -95,13 +96,14 @@ def _kernel(
 def launch(data: Tensor, index: Tensor, ids: Tensor, seed: Tensor, pad: int, flip: bool) -> Tensor:
     """The reference in one Triton kernel. ValueError: as the reference."""
     _check(data, index, ids, pad)
-    data, index, ids, seed = (readable(data, t) for t in (data, index, ids, seed))
+    index, ids, seed = (readable(data, t) for t in (index, ids, seed))  # the data set keeps its strides: no copy
     N, C, H, W = data.shape
     out, block = data.new_empty((len(index), C, H, W), dtype=torch.float32), 1024
     if out.numel():
         _kernel[(len(index), cdiv(C * H * W, block))](
-            out, data, index, ids, seed, N, C, H, W, PAD=pad, FLIP=flip, BLOCK=block, num_warps=4, **ROUNDED
-        )
+            out, data, index, ids, seed, N, C, H, W, *data.stride(),
+            PAD=pad, FLIP=flip, BLOCK=block, num_warps=4, **ROUNDED,
+        )  # fmt: skip
     return out
 
 

@@ -41,7 +41,6 @@ __all__ = [
 ROUNDED: dict[str, Any] = {"enable_fp_fusion": False}
 
 
-
 @dataclass(frozen=True)
 class Op:
     """One op and its twins.
@@ -88,18 +87,14 @@ def written(op: str, **tensors: Tensor) -> None:
     """Refuse what cannot be written in place: other dtypes than float32 and float64, gaps between elements."""
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{op}: {name} is {tensor.dtype}; it must be float32 (or float64), which small steps need"
-            )
+            raise ValueError(f"{op}: {name} is {tensor.dtype}; it must be float32 (or float64), which small steps need")
         contiguous(op, name, tensor)
 
 
 def contiguous(op: str, name: str, tensor: Tensor) -> None:
     """Refuse gaps between the elements of a tensor that is written in place."""
     if not tensor.is_contiguous():
-        raise ValueError(
-            f"{op}: {name} is written in place and must be contiguous; call .contiguous() on it first"
-        )
+        raise ValueError(f"{op}: {name} is written in place and must be contiguous; call .contiguous() on it first")
 
 
 def alike(op: str, **tensors: Tensor) -> None:

@@ -28,10 +28,7 @@ def _check(e: Tensor, g: Tensor, w: Tensor, norms: Tensor, offsets: Tensor) -> N
         f"sam_perturb: e and w must be flat and of one dtype, not {list(e.shape)} {e.dtype} and {w.dtype}",
     )
     refuse(
-        norms.ndim != 1
-        or offsets.ndim != 1
-        or offsets.dtype != torch.int64
-        or len(offsets) != len(norms) + 1,
+        norms.ndim != 1 or offsets.ndim != 1 or offsets.dtype != torch.int64 or len(offsets) != len(norms) + 1,
         f"sam_perturb: norms must be [L] and offsets int64 [L+1], "
         f"not {list(norms.shape)} and {list(offsets.shape)} {offsets.dtype}",
     )

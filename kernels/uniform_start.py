@@ -33,9 +33,7 @@ def _check(x: Tensor, ids: Tensor) -> None:
     )
 
 
-def reference(
-    x: Tensor, ids: Tensor, seed: Tensor, eps: Tensor, stream: int, low: float, high: float
-) -> Tensor:
+def reference(x: Tensor, ids: Tensor, seed: Tensor, eps: Tensor, stream: int, low: float, high: float) -> Tensor:
     """See the top of the file. ValueError: ids is not int64 [B], or x neither float32 nor float64."""
     _check(x, ids)
     flat_BD = x.reshape(len(x), x[:1].numel())
