@@ -15,7 +15,7 @@ from torch import Tensor
 from . import ops
 from .seeds import mix
 
-CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 HOLDOUT_SHARE = 8  # at most one training image in eight is held out for choosing the best epoch
 
 
@@ -149,10 +149,14 @@ def _cifar10(folder: Path | None) -> Loaded:
 
 def _cifar_records(path: Path, classes: int) -> tuple[Tensor, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: the binary layout has data_batch_1.bin … data_batch_5.bin and test_batch.bin")
+        raise FileNotFoundError(
+            f"no {path}: the binary layout has data_batch_1.bin … data_batch_5.bin and test_batch.bin"
+        )
     raw = np.fromfile(path, dtype=np.uint8)
     if len(raw) == 0 or len(raw) % 3073:
-        raise ValueError(f"{path} has {len(raw)} bytes, not a multiple of a record's 3,073: it is cut off; fetch it again")
+        raise ValueError(
+            f"{path} has {len(raw)} bytes, not a multiple of a record's 3,073: it is cut off; fetch it again"
+        )
     records = torch.from_numpy(raw.reshape(-1, 3073))
     labels = records[:, 0].long()
     if int(labels.max()) >= classes:

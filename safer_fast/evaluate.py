@@ -55,7 +55,7 @@ class Report:
 
 
 def attack_named(name: str, at: Threat) -> PGD | None:
-    """"clean" (None), "pgd-<steps>" (cross-entropy) or "cw-<steps>" (margin), alpha eps/4, in a threat model.
+    """ "clean" (None), "pgd-<steps>" (cross-entropy) or "cw-<steps>" (margin), alpha eps/4, in a threat model.
 
     Raises ValueError for another name.
     """
@@ -94,7 +94,7 @@ def evaluate(
     _check(images, labels, ids, batch_size)
     chosen = _attacks(attacks, threat)
     start = time.perf_counter()
-    left, tallies, invalid = [], {name: 0 for name in chosen}, 0
+    left, tallies, invalid = [], dict.fromkeys(chosen, 0), 0
     with eval_mode(model), track(label, len(images)) as advance:
         for rows in torch.arange(len(images)).split(batch_size):
             x, y, i = (t[rows].to(device) for t in (images, labels, ids))
@@ -221,5 +221,3 @@ def _device_of(model: nn.Module) -> torch.device:
 def _precision(device: torch.device) -> str:
     tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     return "tf32" if tf32 else "fp32"
-
-

@@ -42,9 +42,7 @@ class TRADES:
 
     def __call__(self, model: Forward, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         clean, adversarial = model(x), model(x_adv)
-        kl = F.kl_div(
-            adversarial.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True
-        )
+        kl = F.kl_div(adversarial.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
         return F.cross_entropy(clean, y) + self.beta * kl, adversarial
 
 

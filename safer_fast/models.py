@@ -66,14 +66,20 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     own = model.state_dict()
     heads = [n for n in own if n.startswith(_HEADS) and n in state and state[n].shape != own[n].shape]
     state = {name: t for name, t in state.items() if name not in heads}
-    wrong = [f"{n}: {_shape(state[n])} in the file, {_shape(own[n])} here" for n in own.keys() & state.keys() if state[n].shape != own[n].shape]
+    wrong = [
+        f"{n}: {_shape(state[n])} in the file, {_shape(own[n])} here"
+        for n in own.keys() & state.keys()
+        if state[n].shape != own[n].shape
+    ]
     missing = [n for n in own if n not in state and n not in heads and not n.startswith(_HEADS)]
     extra = [n for n in state if n not in own and not n.startswith(_HEADS)]
     if wrong or missing or extra:
         raise ValueError(_mismatch(path, wrong, missing, extra))
     bad = [n for n, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
-        raise ValueError(f"{path} holds NaN or infinity in {', '.join(bad[:3])}: use a file from before the training diverged")
+        raise ValueError(
+            f"{path} holds NaN or infinity in {', '.join(bad[:3])}: use a file from before the training diverged"
+        )
     model.load_state_dict({n: t for n, t in state.items() if n in own}, strict=False)
     return [n for n in own if n not in state]
 
@@ -173,7 +179,9 @@ def _read(path: Path) -> dict[str, Any]:
         return dict(load_tensors(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, … for what it does not trust or know
+    except (
+        Exception
+    ) as error:  # torch raises UnpicklingError, RuntimeError, EOFError, … for what it does not trust or know
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} cannot be read as weights without executing pickle: {first}") from None
 

@@ -1,7 +1,8 @@
 """The one door into kernels/: every op as a plain callable, its record in `ALL`, and what runs it here.
 
-An op runs as C++ on the CPU where `safer_fast._C` is built (csrc/), as a Triton kernel on a GPU, and everywhere else as
-its reference: ten lines of PyTorch in the op's file, whose docstring gives formula, shapes, dtypes and what it raises.
+An op runs as C++ on the CPU where `safer_fast._C` is built (csrc/), as a Triton kernel on a GPU, and
+everywhere else as its reference: ten lines of PyTorch in the op's file, whose docstring gives formula,
+shapes, dtypes and what it raises.
 """
 
 import warnings

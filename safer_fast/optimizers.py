@@ -38,7 +38,15 @@ class SGD:
         return {"momentum": _carry(old["momentum"], parts, w_P, new_parts)}
 
     def update_(
-        self, w_P: Tensor, g_P: Tensor, state: State, *, lr: Tensor, norm: Tensor, clip: float, copy: Tensor | None = None
+        self,
+        w_P: Tensor,
+        g_P: Tensor,
+        state: State,
+        *,
+        lr: Tensor,
+        norm: Tensor,
+        clip: float,
+        copy: Tensor | None = None,
     ) -> None:
         """w ← w − lr · (momentum of clip(g) + weight decay · w). lr, norm (of g): 0-D tensors; clip 0: none.
 
@@ -74,16 +82,22 @@ class AdamW:
     def carry(self, old: State, parts: Parts, w_P: Tensor, new_parts: Parts) -> State:
         """The state after a re-selection: layers chosen again keep theirs, the others start fresh."""
         state = {name: _carry(old[name], parts, w_P, new_parts) for name in ("exp_avg", "exp_avg_sq")}
-        old_step = {
-            layer: old["step"][int((old["bounds"] <= part.start).sum()) - 1] for layer, part in parts.items()
-        }
+        old_step = {layer: old["step"][int((old["bounds"] <= part.start).sum()) - 1] for layer, part in parts.items()}
         fresh = w_P.new_zeros(())
         step = torch.stack([old_step.get(layer, fresh) for layer in new_parts])
         bounds = torch.tensor([0, *(part.stop for part in new_parts.values())])
         return state | {"step": step, "bounds": bounds}
 
     def update_(
-        self, w_P: Tensor, g_P: Tensor, state: State, *, lr: Tensor, norm: Tensor, clip: float, copy: Tensor | None = None
+        self,
+        w_P: Tensor,
+        g_P: Tensor,
+        state: State,
+        *,
+        lr: Tensor,
+        norm: Tensor,
+        clip: float,
+        copy: Tensor | None = None,
     ) -> None:
         """One AdamW update; arguments as in `SGD.update_`."""
         state["step"].add_(torch.isfinite(norm))

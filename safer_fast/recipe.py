@@ -47,7 +47,9 @@ class Data:
 
     def __post_init__(self) -> None:
         if self.holdout < 1:
-            raise ValueError(f"holdout={self.holdout}: at least one training image chooses the best epoch; 1000 is usual")
+            raise ValueError(
+                f"holdout={self.holdout}: at least one training image chooses the best epoch; 1000 is usual"
+            )
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Recipe:
         Values are checked and converted as in YAML. Raises ValueError for an unknown name, with the nearest one.
         """
         tree = to_dict(self)
-        for key, value in overrides.items():
+        for key, value in sorted(overrides.items(), key=lambda item: ALIASES.get(item[0], item[0]).count(".")):
             _set(tree, ALIASES.get(key, key).split("."), key, value)
         return from_dict(tree)
 
@@ -136,6 +138,8 @@ ALIASES = {
     "layers": "selection.layers",
     "select": "selection.by",
     "lr": "optimizer.lr",
+    "optimizer.name": "optimizer",
+    "loss.name": "loss",
 }
 
 
@@ -214,10 +218,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _build(hint, value, f"{where}.")
     if typing.get_origin(hint) is tuple:
         return _tuple(typing.get_args(hint)[0], value, where)
-    if typing.get_origin(hint) is dict or hint is dict:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where}={value!r}: expected name: value pairs")
-        return {str(k): yaml.safe_load(v) if isinstance(v, str) else v for k, v in value.items()}
+    if typing.get_origin(hint) is dict:
+        pairs = yaml.safe_load(value) if isinstance(value, str) else value
+        if not isinstance(pairs, Mapping):
+            raise ValueError(f"{where}={value!r}: expected pairs, {{depth: 6, embed_dim: 64}} for example")
+        return {str(k): v for k, v in pairs.items()}
     return _scalar(hint, value, where)
 
 
@@ -247,23 +252,19 @@ def _tuple(item: Any, value: Any, where: str) -> tuple[Any, ...]:
 
 
 def _variant(kinds: Mapping[str, Any], value: Any, where: str) -> Any:
-    name = value.get("name") if isinstance(value, Mapping) else None
-    if name not in kinds:
+    name = value.get("name") if isinstance(value, Mapping) else value
+    if not isinstance(name, str) or name not in kinds:
         raise ValueError(f"{where}.name={name!r}: choose one of {', '.join(kinds)}")
     return kinds[name]
 
 
 def _set(tree: dict[str, Any], path: list[str], key: str, value: Any) -> None:
+    """Puts a value into nested fields; that the last one exists is checked when the recipe is built."""
     for part in path[:-1]:
-        inner = tree.get(part)
-        if not isinstance(inner, dict):
+        tree = tree.get(part)  # type: ignore[assignment]
+        if not isinstance(tree, dict):
             raise ValueError(_unknown(key, _names()))
-        tree = inner
-    if path == ["name"] and set(tree) & {"label_smoothing", "beta", "lr"} and "model" not in tree:
-        tree.clear()
-    if path[-1] not in tree and "args" not in path:
-        raise ValueError(_unknown(key, _names()))
-    if isinstance(tree.get(path[-1]), dict) and not isinstance(value, Mapping):
+    if isinstance(tree.get(path[-1]), dict) and isinstance(value, str) and path[-1] != "args":
         tree[path[-1]] = {"name": value}  # --loss trades, --optimizer adamw: with the defaults of that kind
     else:
         tree[path[-1]] = value

@@ -1,6 +1,6 @@
 """Adversarial sharpness of every layer: how much the adversarial loss rises when that layer alone moves by rho.
 
-    S_i = max_{‖ε_i‖₂ ≤ ρ} L(f(x'; w + ε_i), y) − L(f(x'; w), y)          METHOD, section 2
+S_i = max_{‖ε_i‖₂ ≤ ρ} L(f(x'; w + ε_i), y) − L(f(x'; w), y)          METHOD, section 2
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -110,7 +110,7 @@ def layer_sharpness(
     model: nn.Module,
     loader: Iterable[Sequence[Tensor]],
     *,
-    attack: PGD | None = PGD(),  # noqa: B008  frozen
+    attack: PGD | None = PGD(),
     how: Sharpness | None = None,
     rho: float | None = None,
     layers: Layers | None = None,
@@ -159,10 +159,8 @@ def _rise(
 ) -> Tensor:  # fmt: skip
     if how.measure == "grad":
         return radius * _norm(g)
-    if how.measure == "step":
-        moves = _scaled(g, radius)
-    else:
-        moves = _ascend(model, layer, params, g, radius, point, how.steps)
+    near = how.measure == "step"
+    moves = _scaled(g, radius) if near else _ascend(model, layer, params, g, radius, point, how.steps)
     with torch.no_grad(), _moved(params, moves):
         return _loss_from(layer, point) - point.loss
 
@@ -214,11 +212,13 @@ def _moved(params: list[nn.Parameter], moves: list[Tensor]) -> Iterator[None]:
     before = [p.detach().clone() for p in params]
     try:
         with torch.no_grad():
-            torch._foreach_add_(params, moves)
+            for p, move in zip(params, moves, strict=True):
+                p.add_(move)
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(params, before)
+            for p, old in zip(params, before, strict=True):
+                p.copy_(old)
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -56,10 +56,10 @@ class Step:
         model: nn.Module,
         layers: str | Iterable[str],
         *,
-        attack: PGD | None = PGD(),  # noqa: B008  frozen
-        sam: SAM = SAM(),  # noqa: B008
-        optimizer: Optimizer = SGD(),  # noqa: B008
-        loss: Loss = CrossEntropy(),  # noqa: B008
+        attack: PGD | None = PGD(),
+        sam: SAM = SAM(),
+        optimizer: Optimizer = SGD(),
+        loss: Loss = CrossEntropy(),
         clip: float = 1.0,
         accumulate: int = 1,
         precision: str = "fp32",
