@@ -46,7 +46,8 @@ def reference(x_adv: Tensor, grad: Tensor, x: Tensor, alpha: Tensor, eps: Tensor
     size = _norm(grad)
     moves = (size > 0) & size.isfinite()
     d = x_adv - x + (grad.double() * (alpha.double() / size)).to(x.dtype)
-    d = d * (eps.double() * MARGIN / _norm(d)).clamp(max=1).to(x.dtype)
+    radius, length = eps.double() * MARGIN, _norm(d)
+    d = d * torch.where(length > radius, radius / length, 1).to(x.dtype)  # 0 / 0 stays out
     moved = x + d
     moved = torch.where((moved - x).abs() > d.abs(), moved.nextafter(x), moved)
     x_adv.copy_(torch.where(moves, moved.clamp(0, 1), x_adv))

@@ -42,8 +42,8 @@ void step(T* adv, const G* grad, const T* x, double alpha, double eps, int64_t n
   const double size = std::sqrt(sum_of_squares<G>(grad, n));
   if (!(size > 0) || !std::isfinite(size)) return;
   const double scale = alpha / size;
-  const double ratio = eps * MARGIN / displacement<T, G>(adv, grad, x, scale, n);
-  move<T, G>(adv, grad, x, scale, static_cast<T>(at_most(ratio, 1.0)), n);
+  const double radius = eps * MARGIN, length = displacement<T, G>(adv, grad, x, scale, n);
+  move<T, G>(adv, grad, x, scale, static_cast<T>(length > radius ? radius / length : 1.0), n);
 }
 
 void l2_step(Tensor x_adv, Tensor grad, Tensor x, Tensor alpha, Tensor eps) {
