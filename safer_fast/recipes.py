@@ -5,28 +5,30 @@ from collections.abc import Callable
 
 from .attacks import PGD
 from .data import Augment
-from .optimizers import SGD
+from .optimizers import AdamW
 from .recipe import Data, Model, Recipe
 from .selection import Selection
 
 
 def quickstart() -> Recipe:
-    """A small ViT on scikit-learn's 8×8 handwritten digits, eps 0.1: all of SAFER in minutes on two CPU cores.
+    """A small ViT on scikit-learn's 8×8 handwritten digits, L∞ eps 0.1: all of SAFER in minutes on two CPU cores.
 
-    Needs nothing but the package.
+    Needs nothing but the package. A start from random weights needs AdamW and a long clean warm-up; a shift by one of
+    eight pixels is too much augmentation.
     """
     return Recipe(
         name="quickstart",
         model=Model(
-            "vit_tiny_patch16_224", img_size=8, patch_size=2, args={"embed_dim": 64, "depth": 6, "num_heads": 4}
+            "vit_tiny_patch16_224", img_size=8, patch_size=4, args={"embed_dim": 64, "depth": 4, "num_heads": 4}
         ),
-        data=Data("digits", augment=Augment(pad=1, flip=False)),
+        data=Data("digits", augment=Augment(pad=0, flip=False)),
         attack=PGD(eps=0.1),
-        optimizer=SGD(lr=0.05),
+        optimizer=AdamW(lr=1e-3),
         selection=Selection(k=2),
-        epochs=25,
-        warmup_epochs=9,
-        finetune_lr=0.01,
+        epochs=30,
+        warmup_epochs=15,
+        finetune_lr=5e-4,
+        batch_size=32,
     )
 
 

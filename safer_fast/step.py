@@ -77,7 +77,9 @@ class Step:
         self.scaler = LossScaler(self.device) if precision == "fp16" else None
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.accuracy = torch.zeros((), device=self.device)
-        self._lr, self._rho = self._scalar(optimizer.lr), self._scalar(sam.radius)
+        # What a schedule changes lies on the device, so that nothing is compiled or captured anew for it.
+        self._lr, self._rho, self._eps = map(self._scalar, (optimizer.lr, sam.radius, attack.eps if attack else 0.0))
+        self._seed = torch.zeros((), dtype=torch.int64, device=self.device)
         self._count = 0
 
     def __call__(
@@ -98,7 +100,15 @@ class Step:
         self._count += 1
         if lr is not None:
             self._lr.fill_(lr)
-        batch = self._craft(images, labels, ids, eps, mix(self.seed, "step", self._count) if seed is None else seed)
+        if self.attack is not None:
+            self._eps.fill_(self.attack.eps if eps is None else eps)
+        self._seed.fill_(mix(self.seed, "step", self._count) if seed is None else seed)
+        ids = torch.arange(len(images), device=self.device) if ids is None else ids
+        attacked = self.attack is not None and eps != 0
+        return self._run(images, labels, ids, attacked=attacked)
+
+    def _run(self, images: Tensor, labels: Tensor, ids: Tensor, *, attacked: bool) -> Tensor:
+        batch = self._craft(images, labels, ids, attacked=attacked)
         with eval_mode(self.model, training=self._training), only_grad(self.model, self.store.params):
             draw = _dropout_state(self.device)
             loss, g_P = self._gradient(batch, measure=True)
@@ -143,19 +153,15 @@ class Step:
         self._training = [""] if layers == EVERYTHING else list(resolved)
         self._e_P = torch.zeros_like(self.store.w_P)
 
-    def _craft(
-        self, images: Tensor, labels: Tensor, ids: Tensor | None, eps: float | None, seed: int
-    ) -> list[MicroBatch]:
-        ids = torch.arange(len(images), device=images.device) if ids is None else ids
+    def _craft(self, images: Tensor, labels: Tensor, ids: Tensor, *, attacked: bool) -> list[MicroBatch]:
         size = -(-len(images) // self.accumulate)
         parts = zip(images.split(size), labels.split(size), ids.split(size), strict=True)
-        return [MicroBatch(self._attack(x, y, i, eps, seed), x, y, len(x) / len(images)) for x, y, i in parts]
+        return [MicroBatch(self._attack(x, y, i) if attacked else x, x, y, len(x) / len(images)) for x, y, i in parts]
 
-    def _attack(self, x: Tensor, y: Tensor, ids: Tensor, eps: float | None, seed: int) -> Tensor:
-        if self.attack is None or eps == 0:
-            return x
+    def _attack(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        assert self.attack is not None
         with only_grad(self.model, ()), self._autocast():
-            return self.attack(self.model, x, y, ids, seed=seed, eps=eps)
+            return self.attack(self.model, x, y, ids, seed=self._seed, eps=self._eps)
 
     def _gradient(self, batch: list[MicroBatch], *, measure: bool = False) -> tuple[Tensor, Tensor]:
         """The loss and its gradient [P], summed over the micro-batches, both still scaled in fp16."""

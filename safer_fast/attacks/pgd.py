@@ -3,7 +3,9 @@
 Legend: B images; x [B, C, H, W] in [0, 1].
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,8 @@ from ..modes import eval_mode
 from .objectives import OBJECTIVES, margin
 from .threat import Threat, check_eps, check_norm, threat
 
+# (x_adv, x, y, alpha, eps, reference) -> the next x_adv
+Iterate = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 STARTS = ("uniform", "gaussian", "none")
 # Streams of the keyed generator: each restart has its own eight.
 _UNIFORM, _RADIUS, _NORMAL_A, _NORMAL_B = range(4)
@@ -71,11 +75,13 @@ class PGD:
         *,
         seed: int | Tensor = 0,
         eps: float | Tensor | None = None,
+        iterate: Iterate | None = None,
     ) -> Tensor:
         """Adversarial images for x [B, C, H, W] in [0, 1] and labels y.
 
         ids: int64 [B], the draw of an image depends on (seed, id, restart) alone; default: its place in the batch.
         eps: another budget for this call (a number or 0-D tensor); the step scales with it.
+        iterate: a faster way to do what `iterate` does, such as a compiled one.
         The model is in eval mode meanwhile; no parameter's .grad is touched. Returns a new tensor of x's dtype.
         """
         if self.eps == 0:
@@ -84,32 +90,41 @@ class PGD:
         ids = torch.arange(len(x), device=x.device) if ids is None else ids
         seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
         eps = torch.as_tensor(self.eps if eps is None else eps, dtype=x.dtype, device=x.device)
+        iterate = iterate or functools.partial(self.iterate, model)
         with eval_mode(model):
             reference = self._reference(model, x)
-            x_adv = self._run(model, x, y, ids, seed, eps, reference, restart=0)
+            x_adv = self._run(x, y, ids, seed, eps, reference, iterate, restart=0)
             for restart in range(1, self.restarts):
-                other = self._run(model, x, y, ids, seed, eps, reference, restart=restart)
+                other = self._run(x, y, ids, seed, eps, reference, iterate, restart=restart)
                 x_adv = _worse(model, x_adv, other, y)
         return x_adv
 
-    def _run(
-        self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: Tensor, eps: Tensor,
-        reference: Tensor | None, *, restart: int,
+    def iterate(
+        self, model: Callable[[Tensor], Tensor], x_adv: Tensor, x: Tensor, y: Tensor, alpha: Tensor, eps: Tensor,
+        reference: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        move = ops.linf_step if self.norm == "Linf" else ops.l2_step
-        alpha = eps * (self.step_size / self.eps)
-        x_adv = self._start(x, ids, seed, eps, restart * _STREAMS)
-        for _ in range(self.steps):
-            g = self.input_gradient(model, x_adv, y, reference)
-            move(x_adv, g, x, alpha, eps)
-        return x_adv
-
-    def input_gradient(self, model: nn.Module, x_adv: Tensor, y: Tensor, reference: Tensor | None = None) -> Tensor:
-        """∇_x of the objective summed over the batch; nothing else is differentiated."""
+        """One iteration: the input gradient of the objective, nothing else differentiated, then step and projection."""
         with torch.enable_grad():
             z = x_adv.detach().requires_grad_()
             value = OBJECTIVES[self.objective](model(z), y, reference).sum()
-        return torch.autograd.grad(value, z)[0]
+            (g,) = torch.autograd.grad(value, z)
+        return self.move(x_adv, g, x, alpha, eps)
+
+    def move(self, x_adv: Tensor, g: Tensor, x: Tensor, alpha: Tensor, eps: Tensor) -> Tensor:
+        """x_adv a step along g, projected; a new tensor. alpha, eps: 0-D tensors."""
+        moved = x_adv.detach().clone()
+        (ops.linf_step if self.norm == "Linf" else ops.l2_step)(moved, g, x, alpha, eps)
+        return moved
+
+    def _run(
+        self, x: Tensor, y: Tensor, ids: Tensor, seed: Tensor, eps: Tensor, reference: Tensor | None,
+        iterate: Iterate, *, restart: int,
+    ) -> Tensor:  # fmt: skip
+        alpha = eps * (self.step_size / self.eps)
+        x_adv = self._start(x, ids, seed, eps, restart * _STREAMS)
+        for _ in range(self.steps):
+            x_adv = iterate(x_adv, x, y, alpha, eps, reference)
+        return x_adv
 
     def _reference(self, model: nn.Module, x: Tensor) -> Tensor | None:
         if self.objective != "kl":
