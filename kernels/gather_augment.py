@@ -65,18 +65,16 @@ def _fake(data: Tensor, index: Tensor, ids: Tensor, seed: Tensor, pad: int, flip
 @triton.jit
 def _kernel(
     p_out, p_data, p_index, p_ids, p_seed, N, C, H, W, s_image, s_channel, s_row, s_col,
-    PAD: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr,
+    PAD: tl.constexpr, FLIP: tl.constexpr, CROP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_image = tl.program_id(0)
     image = tl.load(p_ids + i_image)  # []
+    zero = tl.full([], 0, tl.uint32)
     w0, w1, w2, _ = tl.philox(
-        tl.load(p_seed), tl.to_tensor(0).to(tl.uint32), image.to(tl.uint32), (image >> 32).to(tl.uint32),
-        tl.to_tensor(2566).to(tl.uint32),
-    )  # fmt: skip
-    SPAN: tl.constexpr = 2 * PAD + 1
-    span = tl.to_tensor(SPAN).to(tl.uint32)
-    dy = tl.umulhi(w0, span).to(tl.int32)
-    dx = tl.umulhi(w1, span).to(tl.int32)
+        tl.load(p_seed), zero, image.to(tl.uint32), (image >> 32).to(tl.uint32), zero + CROP
+    )
+    dy = tl.umulhi(w0, zero + (2 * PAD + 1)).to(tl.int32)
+    dx = tl.umulhi(w1, zero + (2 * PAD + 1)).to(tl.int32)
     o_ = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_ = o_ < C * H * W
     b_col, b_row, b_channel = o_ % W, o_ // W % H, o_ // W // H
@@ -102,7 +100,7 @@ def launch(data: Tensor, index: Tensor, ids: Tensor, seed: Tensor, pad: int, fli
     if out.numel():
         _kernel[(len(index), cdiv(C * H * W, block))](
             out, data, index, ids, seed, N, C, H, W, *data.stride(),
-            PAD=pad, FLIP=flip, BLOCK=block, num_warps=4, **ROUNDED,
+            PAD=pad, FLIP=flip, CROP=CROP, BLOCK=block, num_warps=4, **ROUNDED,
         )  # fmt: skip
     return out
 

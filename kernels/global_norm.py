@@ -42,11 +42,11 @@ def _fake(v: Tensor) -> Tensor:
 
 
 @triton.jit
-def _parts_kernel(p_v, p_part, n, tiles, BLOCK: tl.constexpr):
+def _parts_kernel(p_v, p_part, n, TILES: tl.constexpr, BLOCK: tl.constexpr):
     i_part = tl.program_id(0)
     b_sum = tl.zeros([BLOCK], dtype=tl.float64)
-    for i_tile in range(tiles):
-        o_ = (i_part.to(tl.int64) * tiles + i_tile) * BLOCK + tl.arange(0, BLOCK)
+    for i_tile in range(TILES):
+        o_ = (i_part.to(tl.int64) * TILES + i_tile) * BLOCK + tl.arange(0, BLOCK)
         b_v = tl.load(p_v + o_, mask=o_ < n, other=0.0).to(tl.float64)  # [BLOCK]
         b_sum += b_v * b_v
     tl.store(p_part + i_part, tl.sum(b_sum, axis=0))
@@ -70,7 +70,7 @@ def launch(v: Tensor) -> Tensor:
     tiles = cdiv(len(v), block * PARTS)
     n_parts = cdiv(len(v), block * tiles)
     part = v.new_empty(n_parts, dtype=torch.float64)
-    _parts_kernel[(n_parts,)](v, part, len(v), tiles, BLOCK=block, num_warps=8, **ROUNDED)
+    _parts_kernel[(n_parts,)](v, part, len(v), TILES=tiles, BLOCK=block, num_warps=8, **ROUNDED)
     _finish_kernel[(1,)](part, norm, n_parts, PARTS=PARTS, num_warps=4, **ROUNDED)
     return norm
 

@@ -66,9 +66,12 @@ def _parts_kernel(p_v, p_offsets, p_part, BLOCK: tl.constexpr):
         o_ = last + tl.arange(0, BLOCK)
         b_v = tl.load(p_v + o_, mask=o_ < hi, other=0.0).to(tl.float64)  # [BLOCK]
         b_sum += b_v * b_v
-    for start in range(first + i_split * BLOCK, last, tl.num_programs(1) * BLOCK):
+    start = first + i_split * BLOCK
+    while start < last:
+        start = tl.multiple_of(start, BLOCK)
         b_v = tl.load(p_v + start + tl.arange(0, BLOCK)).to(tl.float64)  # [BLOCK]
         b_sum += b_v * b_v
+        start += tl.num_programs(1) * BLOCK
     tl.store(p_part + i_segment * tl.num_programs(1) + i_split, tl.sum(b_sum, axis=0))
 
 

@@ -86,9 +86,11 @@ def _kernel(
         o_ = last + tl.arange(0, BLOCK)
         m_ = o_ < hi
         tl.store(p_e + o_, _perturbed(p_g, p_w, o_, m_, scale, finite, eta, ADAPTIVE), mask=m_)
-    for start in range(first + i_split * BLOCK, last, tl.num_programs(1) * BLOCK):
-        o_ = start + tl.arange(0, BLOCK)
+    start = first + i_split * BLOCK
+    while start < last:
+        o_ = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
         tl.store(p_e + o_, _perturbed(p_g, p_w, o_, None, scale, finite, eta, ADAPTIVE))
+        start += tl.num_programs(1) * BLOCK
 
 
 def launch(

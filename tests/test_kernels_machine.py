@@ -55,7 +55,7 @@ CASES = [
         8,
         fused=True,
     ),
-    Case("global_norm._parts_kernel", [F32, F64, "i32", "i32"], {"BLOCK": 2048}, 8, stores=False),
+    Case("global_norm._parts_kernel", [F32, F64, "i32"], {"TILES": 3, "BLOCK": 2048}, 8, stores=False),
     Case("global_norm._finish_kernel", [F64, F32, "i32"], {"PARTS": 1024}, loads=False, stores=False, fused=True),
     Case("layer_norms._parts_kernel", [F32, I64, F64], {"BLOCK": 1024}, stores=False),
     Case("layer_norms._finish_kernel", [F64, F32, "i32"], {"SPLITS": 128}, loads=False, stores=False, fused=True),
@@ -73,7 +73,7 @@ CASES = [
     Case(
         "gather_augment._kernel",
         [F32, U8, I64, I64, I64] + ["i32"] * 8,
-        {"PAD": 4, "FLIP": True, "BLOCK": 1024},
+        {"PAD": 4, "FLIP": True, "CROP": 0xA06, "BLOCK": 1024},
         loads=False,  # bytes, from anywhere
         fused=True,
     ),
