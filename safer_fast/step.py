@@ -122,15 +122,16 @@ class Step:
 
     def select(self, layers: str | Iterable[str]) -> None:
         """Re-selection: other layers from now on; those chosen again keep their optimizer state."""
-        parts, old = self.store.parts, self.store
+        resolve_layers(self.model, layers)  # raises for a wrong name while everything is as it was
+        parts = self.store.parts
         self.store.release()
         self._use(layers)
         self.state = self.optimizer.carry(self.state, parts, self.store.w_P, self.store.parts)
-        del old
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything besides the model's own weights that the next step depends on."""
-        state = {f"optimizer.{name}": t for name, t in self.state.items()} | {"skipped": self.skipped}
+        state = {f"optimizer.{name}": t for name, t in self.state.items()}
+        state |= {"skipped": self.skipped, "lr": self._lr, "count": torch.tensor(self._count)}
         if self.scaler:
             state |= {f"scaler.{name}": t for name, t in self.scaler.state.items()}
         return state
@@ -138,11 +139,13 @@ class Step:
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Puts back what `state_tensors` gave, for the same selection."""
         self.state = {
-            name.removeprefix("optimizer."): t.to(self.device if "bounds" not in name else "cpu")
+            name.removeprefix("optimizer."): t.to(self.device if "bounds" not in name else "cpu", copy=True)
             for name, t in tensors.items()
             if name.startswith("optimizer.")
         }
         self.skipped.copy_(tensors["skipped"])
+        self._lr.copy_(tensors["lr"])
+        self._count = int(tensors["count"])
         if self.scaler:
             for name, t in self.scaler.state.items():
                 t.copy_(tensors[f"scaler.{name}"])
