@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from safer_fast import ops
@@ -319,6 +319,8 @@ def test_l2_step_closed_form(which: str, scale: float) -> None:
 
 @both
 @settings(max_examples=25, deadline=None)
+@example(seed=0, eps=0.5, level=0.3, flat=True)  # 3e-7 too far if rounded to the nearest float
+@example(seed=0, eps=0.0, level=0.3, flat=True)  # 0 / 0
 @given(seed=st.integers(0, 2**31), eps=st.floats(0, 3), level=st.floats(0, 1), flat=st.booleans())
 def test_l2_step_keeps_the_budget(which: str, seed: int, eps: float, level: float, flat: bool) -> None:
     """Measured in float64, on flat images too, whose pixels all round the same way."""
