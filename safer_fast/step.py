@@ -122,6 +122,7 @@ class Step:
 
     def select(self, layers: str | Iterable[str]) -> None:
         """Re-selection: other layers from now on; those chosen again keep their optimizer state."""
+        layers = layers if isinstance(layers, str) else list(layers)
         resolve_layers(self.model, layers)  # raises for a wrong name while everything is as it was
         parts = self.store.parts
         self.store.release()
