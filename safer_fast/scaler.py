@@ -28,5 +28,5 @@ class LossScaler:
         """finite: 0-D bool, whether this step's gradients were."""
         good = torch.where(finite, self.state["good"] + 1, 0)
         grow = good >= self.interval
-        self.state["scale"].mul_(torch.where(finite, torch.where(grow, 2.0, 1.0), 0.5))
+        self.state["scale"].mul_(torch.where(finite, torch.where(grow, 2.0, 1.0), 0.5)).clamp_(max=2.0**127)
         self.state["good"].copy_(torch.where(grow, 0, good))
