@@ -136,7 +136,12 @@ class PGD:
         if self.start == "none":
             return x.clone()
         if self.start == "gaussian":
-            return (x + 0.001 * _normal(x, ids, seed, stream)).clamp_(0, 1)
+            noise = 0.001 * _normal(x, ids, seed, stream)
+            if self.norm == "Linf":
+                noise = noise.clamp(-eps, eps)
+            else:
+                noise = noise * (eps / noise.flatten(1).norm(dim=1)).clamp(max=1).view(-1, 1, 1, 1)
+            return (x + noise).clamp_(0, 1)
         if self.norm == "Linf":
             return ops.uniform_start(x, ids, seed, eps, stream + _UNIFORM, 0.0, 1.0)
         return self._start_in_ball(x, ids, seed, eps, stream)
