@@ -70,9 +70,7 @@ def _kernel(
     i_image = tl.program_id(0)
     image = tl.load(p_ids + i_image)  # []
     zero = tl.full([], 0, tl.uint32)
-    w0, w1, w2, _ = tl.philox(
-        tl.load(p_seed), zero, image.to(tl.uint32), (image >> 32).to(tl.uint32), zero + CROP
-    )
+    w0, w1, w2, _ = tl.philox(tl.load(p_seed), zero, image.to(tl.uint32), (image >> 32).to(tl.uint32), zero + CROP)
     dy = tl.umulhi(w0, zero + (2 * PAD + 1)).to(tl.int32)
     dx = tl.umulhi(w1, zero + (2 * PAD + 1)).to(tl.int32)
     o_ = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -66,7 +66,7 @@ def _kernel(
     b_counter = (i_tile * BLOCK + tl.arange(0, BLOCK)).to(tl.uint32)
     b_0 = tl.zeros([BLOCK], dtype=tl.uint32)
     b_lo, b_hi = b_0 + image.to(tl.uint32), b_0 + (image >> 32).to(tl.uint32)
-    b_w0, b_w1, b_w2, b_w3 = tl.philox(seed, b_counter, b_lo, b_hi, b_0 + stream.to(tl.uint32))
+    b_w0, b_w1, b_w2, b_w3 = tl.philox(seed, b_counter, b_lo, b_hi, (b_0 + stream).to(tl.uint32))
     b_word = tl.interleave(tl.interleave(b_w0, b_w2), tl.interleave(b_w1, b_w3))  # [4 BLOCK]: w0 w1 w2 w3 w0 …
     b_signed = (b_word >> 8).to(tl.float32) * 1.1920928955078125e-07 - 1.0  # 2^-23
     o_ = i_tile * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)

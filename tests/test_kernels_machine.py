@@ -80,18 +80,26 @@ CASES = [
 ]
 
 
-def compiled(case: Case) -> Any:
-    """The kernel compiled for `case.target`, every pointer and size a multiple of 16, as the launcher finds them."""
+def compiled(case: Case, *, ones: bool = False) -> Any:
+    """The kernel compiled for `case.target`, every pointer and size a multiple of 16, as the launcher finds them.
+
+    ones: every integer is 1 instead, which the launcher makes a compile-time constant.
+    """
     module, name = case.kernel.split(".")
     kernel = getattr(importlib.import_module(f"safer_fast.kernels.{module}"), name)
     if not isinstance(kernel, triton.JITFunction):
         pytest.skip("TRITON_INTERPRET is set: there is nothing to compile")
     names = kernel.arg_names
-    constants = [n for n in names if n in case.constants]
-    assert len(names) == len(case.types) + len(constants), "the case lags behind the kernel's arguments"
-    signature = dict(zip(names, [*case.types, *["constexpr"] * len(constants)], strict=True))
-    aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or n in ("n", "D", "H", "W")]
-    source = ASTSource(kernel, signature, case.constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    types = [*case.types, *["constexpr"] * len(case.constants)]
+    assert len(names) == len(types), "the case lags behind the kernel's arguments"
+    signature = dict(zip(names, types, strict=True))
+    constants = dict(case.constants)
+    if ones:
+        constants |= {n: 1 for n in names if signature[n] == "i32"}
+        signature |= dict.fromkeys(constants, "constexpr")
+    sizes = {} if ones else {"n", "D", "H", "W"}
+    aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or n in sizes]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     return triton.compile(
         source, target=GPUTarget("cuda", case.target, 32), options={"num_warps": case.warps, **ROUNDED}
     )
@@ -121,3 +129,11 @@ def test_machine_code(case: Case) -> None:
     assert bool(re.search(r"\bSTG\.E\S*\.128", sass)) == case.stores
     if not case.fused:
         assert not re.search(r"\b[FD]FMA\b", sass), "a fused multiply-add rounds once where the reference rounds twice"
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if "i32" in c.types and c.target == 90 and BF16 not in c.types], ids=str
+)
+def test_sizes_of_one_compile(case: Case) -> None:
+    """An argument that is 1 arrives as a Python number, without a tensor's methods; the interpreter never shows it."""
+    assert compiled(case, ones=True).asm["cubin"]
