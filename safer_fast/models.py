@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.convit import ConVit
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from .checkpoint import load_tensors
+from .perturbed import linear_rows
 
 _HEADS = ("head.", "head_dist.")
 
@@ -92,18 +94,67 @@ class Segment(NamedTuple):
     forward: Callable[[Tensor], Tensor]
 
 
-def segments(model: nn.Module) -> list[Segment]:
+def segments(model: nn.Module, *, class_token_only: bool = False) -> list[Segment]:
     """The forward pass in eval mode as a chain: embedding, each block, head; calling them in turn is model(x).
 
     For ViT, DeiT, Swin and ConViT of timm. Any other model is one segment.
+    class_token_only: where the head reads the class token alone, the last block computes nothing else (keys and
+    values of all tokens, query, projection and MLP of one); the same logits up to rounding, 7 % fewer FLOPs in a Ti.
     """
     if isinstance(model, ConVit):
         return _convit_segments(model)
     if isinstance(model, SwinTransformer):
         return _swin_segments(model)
-    if isinstance(model, VisionTransformer) and type(model).forward_features is VisionTransformer.forward_features:
-        return _vit_segments(model)
-    return [Segment("model", ("",), model)]
+    if not (
+        isinstance(model, VisionTransformer) and type(model).forward_features is VisionTransformer.forward_features
+    ):
+        return [Segment("model", ("",), model)]
+    pieces = _vit_segments(model)
+    if class_token_only and reads_class_token(model):
+        last = pieces[-2]
+        pieces[-2] = last._replace(forward=_ClassTokenBlock(model.blocks[-1], _head_tokens(model)))
+    return pieces
+
+
+def reads_class_token(model: Any) -> bool:
+    """Whether the last block of this model may be computed for its class (and distillation) token alone."""
+    block: Any = model.blocks[-1] if isinstance(model, VisionTransformer) and len(model.blocks) else None
+    return (
+        type(block) is Block
+        and type(block.attn) is Attention
+        and model.global_pool == "token"
+        and model.attn_pool is None
+        and getattr(block.attn, "gate", None) is None
+        and block.attn.fused_attn
+    )
+
+
+def _head_tokens(model: Any) -> int:
+    return 2 if hasattr(model, "dist_token") else 1
+
+
+class _ClassTokenBlock:
+    """timm's pre-norm block for the first n tokens of its output. Legend: B images, N tokens, H heads, D = H·d."""
+
+    def __init__(self, block: Any, n: int) -> None:
+        self.block, self.n = block, n
+
+    def __call__(self, x_BND: Tensor) -> Tensor:
+        block, n = self.block, self.n
+        h = block.norm1(x_BND)
+        x = x_BND[:, :n] + block.drop_path1(block.ls1(self._attend(h)))
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+    def _attend(self, h_BND: Tensor) -> Tensor:
+        attn: Any = self.block.attn
+        batch, width = len(h_BND), attn.num_heads * attn.head_dim
+        q = linear_rows(attn.qkv, h_BND[:, : self.n], slice(0, width))
+        kv = linear_rows(attn.qkv, h_BND, slice(width, 3 * width))
+        q = q.reshape(batch, self.n, attn.num_heads, attn.head_dim).transpose(1, 2)
+        k, v = kv.reshape(batch, -1, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, dropout_p=dropout)
+        return attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).reshape(batch, self.n, width))))
 
 
 def segment_of(pieces: Sequence[Segment], layer: str) -> int:
@@ -116,7 +167,8 @@ def segment_of(pieces: Sequence[Segment], layer: str) -> int:
 
 def _vit_segments(model: Any) -> list[Segment]:
     def embed(x: Tensor) -> Tensor:
-        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(normalise(model, x)))))
+        x = normalise(model, x).to(model.patch_embed.proj.weight.dtype)  # pixels stay fp32 where weights are bf16
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
 
     def head(x: Tensor) -> Tensor:
         return model.forward_head(model.norm(x))

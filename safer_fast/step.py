@@ -10,7 +10,7 @@
 Legend: B images, P selected elements (flat, see store), w_S the selected parameters.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -51,6 +51,8 @@ class Step:
     that changed nothing because a gradient was not finite; both 0-D tensors.
     """
 
+    mode, reason = "eager", "the specification"
+
     def __init__(
         self,
         model: nn.Module,
@@ -70,6 +72,10 @@ class Step:
         if precision not in DTYPES:
             raise ValueError(f"precision={precision!r}: choose one of {', '.join(DTYPES)}")
         self.model, self.attack, self.sam, self.optimizer, self.loss = model, attack, sam, optimizer, loss
+        self.compute: nn.Module
+        self.params: list[nn.Parameter]
+        self.forward: Callable[[Tensor], Tensor]
+        self.copy_P: Tensor | None
         self.clip, self.accumulate, self.precision, self.seed = clip, accumulate, precision, seed
         self._use(layers)
         self.state = optimizer.init(self.store.w_P)
@@ -109,13 +115,13 @@ class Step:
 
     def _run(self, images: Tensor, labels: Tensor, ids: Tensor, *, attacked: bool) -> Tensor:
         batch = self._craft(images, labels, ids, attacked=attacked)
-        with eval_mode(self.model, training=self._training), only_grad(self.model, self.store.params):
-            draw = _dropout_state(self.device)
+        with eval_mode(self.compute, training=self._training), only_grad(self.compute, self.params):
+            draw = self._dropout_draw()
             loss, g_P = self._gradient(batch, measure=True)
             norms = self.sam.perturb_(self._e_P, g_P, self.store.w_P, self.store.offsets_L1, self._rho)
             if self.sam.radius > 0:
-                _set_dropout_state(self.device, draw)
-                with moved(self.store.w_P, self._e_P):
+                self._repeat_dropout(draw)
+                with self._moved():
                     _, g_P = self._gradient(batch)
         self._update(g_P, norms)
         return loss
@@ -156,6 +162,9 @@ class Step:
         self.store = Store(self.model, resolved)
         self._training = [""] if layers == EVERYTHING else list(resolved)
         self._e_P = torch.zeros_like(self.store.w_P)
+        # The seams that engine fills: what computes, its parameters, and a copy of w in another dtype.
+        self.compute, self.params, self.copy_P = self.model, self.store.params, None
+        self.forward = self.compute
 
     def _craft(self, images: Tensor, labels: Tensor, ids: Tensor, *, attacked: bool) -> list[MicroBatch]:
         size = -(-len(images) // self.accumulate)
@@ -164,8 +173,8 @@ class Step:
 
     def _attack(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         assert self.attack is not None
-        with only_grad(self.model, ()), self._autocast():
-            return self.attack(self.model, x, y, ids, seed=self._seed, eps=self._eps)
+        with only_grad(self.compute, ()), self._autocast():
+            return self.attack(self.compute, x, y, ids, seed=self._seed, eps=self._eps)
 
     def _gradient(self, batch: list[MicroBatch], *, measure: bool = False) -> tuple[Tensor, Tensor]:
         """The loss and its gradient [P], summed over the micro-batches, both still scaled in fp16."""
@@ -174,10 +183,10 @@ class Step:
         correct = torch.zeros((), device=self.device)
         for part in batch:
             with self._autocast():
-                value, logits = self.loss(self.model, part.x_adv, part.x, part.y)
+                value, logits = self.loss(self.forward, part.x_adv, part.x, part.y)
             value = value * part.share
             scaled = value if self.scaler is None else value * self.scaler.scale
-            g_P += self.store.flatten(torch.autograd.grad(scaled, self.store.params, allow_unused=True))
+            g_P += self.store.flatten(torch.autograd.grad(scaled, self.params, allow_unused=True))
             loss += value.detach()
             correct += _hits(logits, part.y)
         if measure:
@@ -191,9 +200,24 @@ class Step:
         norm = ops.global_norm(g_P) + 0 * norms.sum()
         finite = torch.isfinite(norm)
         self.skipped += ~finite
-        self.optimizer.update_(self.store.w_P, g_P, self.state, lr=self._lr, norm=norm, clip=self.clip)
+        self.optimizer.update_(
+            self.store.w_P, g_P, self.state, lr=self._lr, norm=norm, clip=self.clip, copy=self.copy_P
+        )
         if self.scaler:
             self.scaler.update(finite)
+
+    def _moved(self) -> AbstractContextManager[None]:
+        return moved(self.store.w_P, self._e_P)
+
+    def _dropout_draw(self) -> Tensor:
+        cuda = self.device.type == "cuda"
+        return torch.cuda.get_rng_state(self.device) if cuda else torch.get_rng_state()
+
+    def _repeat_dropout(self, draw: Tensor) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(draw, self.device)
+        else:
+            torch.set_rng_state(draw)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "fp32":
@@ -206,11 +230,3 @@ class Step:
 
 def _hits(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
-
-
-def _dropout_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_dropout_state(device: torch.device, state: Tensor) -> None:
-    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)

@@ -75,13 +75,14 @@ class PGD:
         *,
         seed: int | Tensor = 0,
         eps: float | Tensor | None = None,
+        forward: Callable[[Tensor], Tensor] | None = None,
         iterate: Iterate | None = None,
     ) -> Tensor:
         """Adversarial images for x [B, C, H, W] in [0, 1] and labels y.
 
         ids: int64 [B], the draw of an image depends on (seed, id, restart) alone; default: its place in the batch.
         eps: another budget for this call (a number or 0-D tensor); the step scales with it.
-        iterate: a faster way to do what `iterate` does, such as a compiled one.
+        forward: another way to compute model(x); iterate: a faster way to do what `iterate` does with it.
         The model is in eval mode meanwhile; no parameter's .grad is touched. Returns a new tensor of x's dtype.
         """
         if self.eps == 0:
@@ -90,23 +91,24 @@ class PGD:
         ids = torch.arange(len(x), device=x.device) if ids is None else ids
         seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
         eps = torch.as_tensor(self.eps if eps is None else eps, dtype=x.dtype, device=x.device)
-        iterate = iterate or functools.partial(self.iterate, model)
+        forward = forward or model
+        iterate = iterate or functools.partial(self.iterate, forward)
         with eval_mode(model):
-            reference = self._reference(model, x)
+            reference = self._reference(forward, x)
             x_adv = self._run(x, y, ids, seed, eps, reference, iterate, restart=0)
             for restart in range(1, self.restarts):
                 other = self._run(x, y, ids, seed, eps, reference, iterate, restart=restart)
-                x_adv = _worse(model, x_adv, other, y)
+                x_adv = _worse(forward, x_adv, other, y)
         return x_adv
 
     def iterate(
-        self, model: Callable[[Tensor], Tensor], x_adv: Tensor, x: Tensor, y: Tensor, alpha: Tensor, eps: Tensor,
+        self, forward: Callable[[Tensor], Tensor], x_adv: Tensor, x: Tensor, y: Tensor, alpha: Tensor, eps: Tensor,
         reference: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """One iteration: the input gradient of the objective, nothing else differentiated, then step and projection."""
         with torch.enable_grad():
             z = x_adv.detach().requires_grad_()
-            value = OBJECTIVES[self.objective](model(z), y, reference).sum()
+            value = OBJECTIVES[self.objective](forward(z), y, reference).sum()
             (g,) = torch.autograd.grad(value, z)
         return self.move(x_adv, g, x, alpha, eps)
 
@@ -126,11 +128,11 @@ class PGD:
             x_adv = iterate(x_adv, x, y, alpha, eps, reference)
         return x_adv
 
-    def _reference(self, model: nn.Module, x: Tensor) -> Tensor | None:
+    def _reference(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
         if self.objective != "kl":
             return None
         with torch.no_grad():
-            return model(x).log_softmax(1)
+            return forward(x).log_softmax(1)
 
     def _start(self, x: Tensor, ids: Tensor, seed: Tensor, eps: Tensor, stream: int) -> Tensor:
         if self.start == "none":
@@ -168,9 +170,9 @@ def _normal(like: Tensor, ids: Tensor, seed: Tensor, stream: int) -> Tensor:
     return (-2 * torch.log1p(-a)).sqrt() * torch.cos(2 * math.pi * b)
 
 
-def _worse(model: nn.Module, a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+def _worse(forward: Callable[[Tensor], Tensor], a: Tensor, b: Tensor, y: Tensor) -> Tensor:
     """Image by image the one with the larger margin, misclassified first; soft labels count as their largest."""
     labels = y if y.ndim == 1 else y.argmax(1)
     with torch.no_grad():
-        better = margin(model(b), labels) > margin(model(a), labels)
+        better = margin(forward(b), labels) > margin(forward(a), labels)
     return torch.where(better.view(-1, 1, 1, 1), b, a)

@@ -1,0 +1,310 @@
+"""Makes a step fast: precision, compilation, prefix reuse, class-token-only last block, CUDA graph.
+
+The result is `step.Step` with its seams filled, so the mathematics is written once:
+    eager      the specification itself
+    compiled   one graph an attack iteration; both passes compiled from the first selected block on
+    captured   the whole compiled step as one CUDA graph
+In bf16 the frozen network computes in bf16 without autocast, the selected layers have fp32 masters in the store, and
+SAM's perturbation stays a tensor of its own (see perturbed).
+"""
+
+import copy
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import perturbed
+from .attacks import PGD
+from .attacks.objectives import OBJECTIVES
+from .losses import CrossEntropy, Loss
+from .models import Segment, segment_of, segments
+from .modes import eval_mode, has_dropout, only_grad
+from .optimizers import SGD, Optimizer
+from .sam import SAM
+from .step import DTYPES, MicroBatch, Step
+
+MODES = ("auto", "eager", "compiled", "captured")
+Forward = Callable[[Tensor], Tensor]
+
+
+class Choice(NamedTuple):
+    """How the step runs, and why."""
+
+    mode: str
+    reason: str
+
+
+def compile_step(
+    model: nn.Module,
+    layers: str | Iterable[str],
+    *,
+    attack: PGD | None = PGD(),
+    sam: SAM = SAM(),
+    optimizer: Optimizer = SGD(),
+    loss: Loss = CrossEntropy(),
+    clip: float = 1.0,
+    accumulate: int = 1,
+    precision: str = "auto",
+    mode: str = "auto",
+    seed: int = 0,
+) -> Step:
+    """A training step, as fast as this machine allows: loss = step(images, labels). Arguments as in `Step`.
+
+    precision: "fp32", "bf16", "fp16" or "auto" (bf16 on a GPU that has it, else fp32). mode: "eager", "compiled",
+    "captured" (one CUDA graph), or "auto", the fastest that works here; `step.mode` and `step.reason` tell which.
+    The first call compiles (a minute or two) for the shape of its batch; a batch of another shape, such as a short
+    last one, runs eagerly. A schedule's values and a re-selection of layers in the same place recompile nothing.
+    Raises ValueError for a mode or precision that cannot be had, with the reason.
+    """
+    device = next(model.parameters()).device
+    precision = choose_precision(precision, device)
+    options: dict[str, Any] = {
+        "attack": attack, "sam": sam, "optimizer": optimizer, "loss": loss, "clip": clip, "accumulate": accumulate,
+        "precision": precision, "seed": seed,
+    }  # fmt: skip
+    choice = choose_mode(mode, device)
+    if choice.mode == "eager":
+        step = Step(model, layers, **options)
+        step.mode, step.reason = choice.mode, choice.reason
+        return step
+    return FastStep(model, layers, choice=choice, **options)
+
+
+def compile_attack(model: nn.Module, attack: PGD, *, mode: str = "auto") -> Callable[..., Tensor]:
+    """The attack alone, its iteration compiled: x_adv = attack(images, labels, ids, seed=, eps=).
+
+    Arguments and result as of the attack itself, without the model; fp32 or whatever dtype the model has. Every new
+    batch shape compiles once more.
+    """
+    choice = choose_mode(mode, next(model.parameters()).device)
+    forward = chain(segments(model, class_token_only=True))
+    iterate = None if choice.mode == "eager" else compiled_iteration(attack, forward)
+
+    def run(x: Tensor, y: Tensor, ids: Tensor | None = None, **keys: Any) -> Tensor:
+        with only_grad(model, ()):
+            return attack(model, x, y, ids, iterate=iterate, **keys)
+
+    return run
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """The precision asked for, or the best for this device. Raises ValueError where it would be emulated."""
+    if precision != "auto" and precision not in DTYPES:
+        raise ValueError(f"precision={precision!r}: choose one of auto, {', '.join(DTYPES)}")
+    if device.type == "cpu":
+        if precision in ("bf16", "fp16"):
+            raise ValueError(f"precision={precision} on a CPU: it is emulated and many times slower there; use fp32")
+        return "fp32"
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError("precision=bf16: this GPU has none (it came with Ampere); use fp16 or fp32")
+    if precision == "auto":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return precision
+
+
+def choose_mode(mode: str, device: torch.device) -> Choice:
+    """The mode asked for, or the fastest for this device. Raises ValueError for one that cannot be had."""
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
+    if mode == "captured" and device.type != "cuda":
+        raise ValueError(f"mode=captured on {device.type}: CUDA graphs need a GPU; use compiled")
+    if mode == "eager":
+        return Choice("eager", "asked for")
+    missing = "no C++ compiler (g++ or clang++) was found" if not _has_compiler(device) else ""
+    if missing and mode != "auto":
+        raise ValueError(f"mode={mode}: {missing}; install one, or use eager")
+    if missing:
+        return Choice("eager", missing)
+    if mode != "auto":
+        return Choice(mode, "asked for")
+    return Choice("captured", "a GPU") if device.type == "cuda" else Choice("compiled", "a CPU with a compiler")
+
+
+class FastStep(Step):
+    """`Step`, compiled and perhaps captured. The first batch decides the shape; others run eagerly."""
+
+    def __init__(self, model: nn.Module, layers: str | Iterable[str], *, choice: Choice, **options: Any) -> None:
+        self._shape: torch.Size | None = None
+        self._graph: _Graph | None = None
+        self._fast = False
+        self._iterate: Callable[..., Tensor] | None = None
+        self._choice = choice
+        super().__init__(model, layers, **options)
+
+    def __call__(self, images: Tensor, labels: Tensor, ids: Tensor | None = None, **schedule: Any) -> Tensor:
+        self._shape = self._shape or images.shape
+        self._fast = images.shape == self._shape and len(images) % self.accumulate == 0
+        return super().__call__(images, labels, ids, **schedule)
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """As in Step; a captured graph is captured anew."""
+        super().load_state_tensors(tensors)
+        self._graph = None
+        if self.copy_P is not None:
+            self.copy_P.copy_(self.store.w_P)
+
+    def _use(self, layers: str | Iterable[str]) -> None:
+        """Beside the store: the model that computes, cut at the first selected segment."""
+        super()._use(layers)
+        self._graph = None
+        self.mode, self.reason = self._choice
+        dropout = has_dropout(self.model, self._training)
+        if self.mode == "captured" and dropout:
+            self.mode, self.reason = (
+                "compiled",
+                "dropout is active in a trained module, and both passes must draw alike",
+            )
+        self._shadow = self._make_shadow()
+        pieces = segments(self.compute, class_token_only=not dropout)
+        first = min(segment_of(pieces, name) for name in self.store.layers)
+        if self._shadow is not None:
+            pieces = [*pieces, Segment("logits", (), Tensor.float)]
+        self._whole = chain(pieces)
+        self._prefix = compiled(chain(pieces[:first])) if first else None
+        self._suffix = compiled(chain(pieces[first:]))
+        if self.attack and (self._iterate is None or self._shadow is not None):
+            self._iterate = compiled_iteration(self.attack, self._whole)
+
+    def _make_shadow(self) -> "list[Any] | None":
+        """In bf16, a copy of the model in bf16 that computes; its selected layers, made perturbable."""
+        self.compute, self.params, self.copy_P = self.model, self.store.params, None
+        if self.precision != "bf16":
+            return None
+        owners = [self.model.get_submodule(name) for name in self.store.layers]
+        if not all(map(perturbed.is_perturbable, owners)) or len(segments(self.model)) == 1:
+            self.reason += "; bf16 by autocast, since more than Linear and Conv2d layers is trained"
+            return None
+        return self._bf16_copy()
+
+    def _bf16_copy(self) -> list[Any]:
+        dtype = DTYPES[self.precision]
+        self.compute = copy.deepcopy(self.model)
+        for tensor in (*self.compute.parameters(), *self.compute.buffers()):
+            keep = tensor is self.compute.pixel_mean or tensor is self.compute.pixel_std  # pixels stay fp32
+            tensor.data = tensor.data if keep or not tensor.is_floating_point() else tensor.data.to(dtype)
+        self.params = [self.compute.get_parameter(name) for name in self.store.names]
+        self.copy_P = self.store.w_P.to(dtype)
+        self._e_copy_P = torch.zeros_like(self.copy_P)
+        moves = dict(zip(self.store.names, self.store.split(self._e_copy_P), strict=True))
+        for p, view in zip(self.params, self.store.split(self.copy_P), strict=True):
+            p.data = view
+        return [
+            perturbed.perturbable(self.compute.get_submodule(n), moves[f"{n}.weight"], moves.get(f"{n}.bias"))
+            for n in self.store.layers
+        ]
+
+    def _run(self, images: Tensor, labels: Tensor, ids: Tensor, *, attacked: bool) -> Tensor:
+        self.forward = self._suffix if self._fast else self._whole
+        if self.mode != "captured" or not (self._fast and attacked):
+            return super()._run(images, labels, ids, attacked=attacked)
+        if self._graph is None:
+            self._graph = _Graph(self, images, labels, ids, super()._run)
+        return self._graph.replay(images, labels, ids)
+
+    def _attack(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        assert self.attack is not None
+        iterate = self._iterate if self._fast else None
+        with only_grad(self.compute, ()), self._autocast():
+            return self.attack(
+                self.compute, x, y, ids, seed=self._seed, eps=self._eps, forward=self._whole, iterate=iterate
+            )
+
+    def _craft(self, images: Tensor, labels: Tensor, ids: Tensor, *, attacked: bool) -> list[MicroBatch]:
+        """As in Step, and what comes before the first selected segment computed once for both passes."""
+        batch = super()._craft(images, labels, ids, attacked=attacked)
+        if not self._fast or self._prefix is None:
+            return batch
+        clean = not isinstance(self.loss, CrossEntropy)  # TRADES and MART look at the clean images too
+        with torch.no_grad(), eval_mode(self.compute), only_grad(self.compute, ()), self._autocast():
+            return [p._replace(x_adv=self._prefix(p.x_adv), x=self._prefix(p.x) if clean else p.x) for p in batch]
+
+    def _moved(self) -> AbstractContextManager[None]:
+        if self._shadow is None:
+            return super()._moved()
+        self._e_copy_P.copy_(self._e_P)
+        return perturbed.moved(self._shadow)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return super()._autocast() if self._shadow is None else nullcontext()
+
+
+class _Graph:
+    """A captured step: static inputs, the CUDA graph, static results."""
+
+    def __init__(self, step: FastStep, images: Tensor, labels: Tensor, ids: Tensor, run: Callable[..., Tensor]) -> None:
+        self.step = step
+        self.inputs = [t.clone() for t in (images, labels, ids)]
+        kept = [t for t in (step.store.w_P, step.copy_P, *step.state_tensors().values()) if t is not None]
+        before = [t.clone() for t in kept]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles, and lets every library allocate what it needs
+                run(*self.inputs, attacked=True)
+        torch.cuda.current_stream().wait_stream(stream)
+        for t, b in zip(kept, before, strict=True):
+            t.copy_(b)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = run(*self.inputs, attacked=True)
+        self.accuracy = step.accuracy
+
+    def replay(self, images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
+        """One step on these; results are copies, since the next replay overwrites its own."""
+        for static, value in zip(self.inputs, (images, labels, ids), strict=True):
+            static.copy_(value)
+        self.graph.replay()
+        self.step.accuracy = self.accuracy.clone()
+        return self.loss.clone()
+
+
+def chain(pieces: Sequence[Segment]) -> Forward:
+    """The segments as one function."""
+
+    def forward(x: Tensor) -> Tensor:
+        for piece in pieces:
+            x = piece.forward(x)
+        return x
+
+    return forward
+
+
+def compiled_iteration(attack: PGD, forward: Forward) -> Callable[..., Tensor]:
+    """One attack iteration as one graph: forward, input gradient alone, step and projection.
+
+    autograd.grad inside the graph is what leaves out the weight gradients, which a compiled module otherwise computes.
+    """
+
+    def iterate(z: Tensor, x: Tensor, y: Tensor, alpha: Tensor, eps: Tensor, reference: Tensor | None) -> Tensor:
+        value = OBJECTIVES[attack.objective](forward(z), y, reference).sum()
+        (g,) = torch.autograd.grad(value, z)
+        return attack.move(z, g, x, alpha, eps)
+
+    whole = compiled(iterate, fullgraph=True)
+
+    def run(x_adv: Tensor, *rest: Any) -> Tensor:
+        # The pixels come in as an input that requires grad: requires_grad_() inside a graph fails on torch 2.11.
+        with torch.enable_grad():
+            return whole(x_adv.detach().requires_grad_(), *rest)
+
+    return run
+
+
+def compiled(function: Callable[..., Tensor], *, fullgraph: bool = False) -> Callable[..., Tensor]:
+    """torch.compile for static shapes, with autograd.grad traced into the graph."""
+    fast = torch.compile(function, fullgraph=fullgraph, dynamic=False)
+
+    def run(*arguments: Any) -> Tensor:
+        # Dynamo counts recompilations by code object: several steps in one process share ours.
+        with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
+            return fast(*arguments)
+
+    return run
+
+
+def _has_compiler(device: torch.device) -> bool:
+    return device.type == "cuda" or any(shutil.which(name) for name in ("g++", "clang++"))
