@@ -97,7 +97,7 @@ def compiled(case: Case, *, ones: bool = False) -> Any:
     if ones:
         constants |= {n: 1 for n in names if signature[n] == "i32"}
         signature |= dict.fromkeys(constants, "constexpr")
-    sizes = {} if ones else {"n", "D", "H", "W"}
+    sizes = set() if ones else {"n", "D", "H", "W"}
     aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or n in sizes]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     return triton.compile(
