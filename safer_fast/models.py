@@ -158,9 +158,14 @@ class _ClassTokenBlock:
 
 
 def segment_of(pieces: Sequence[Segment], layer: str) -> int:
-    """The index of the segment that uses this layer; what none names belongs to the last (norm, head)."""
+    """The index of the first segment that uses this layer, "" being the model's own tokens and positions; what none
+    names belongs to the last (norm, head)."""
+
+    def inside(a: str, b: str) -> bool:
+        return b == "" or a == b or a.startswith(b + ".")
+
     for i, piece in enumerate(pieces):
-        if any(p == "" or layer == p or layer.startswith(p + ".") for p in piece.prefixes):
+        if any(inside(layer, p) or inside(p, layer) for p in piece.prefixes):
             return i
     return len(pieces) - 1
 
