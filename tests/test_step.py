@@ -187,6 +187,20 @@ def test_frozen_means_frozen(images, bits, differing, optimizer, sam):
     assert differing(before, bits(model)) == ["tensor conv.bias", "tensor conv.weight"]
 
 
+def test_only_selected_parameters_are_differentiated(vit, images):
+    model, seen = vit(), []
+
+    class Spy:
+        def __call__(self, model, x_adv, x, y):
+            seen.append({n for n, p in model.named_parameters() if p.requires_grad})
+            return CrossEntropy()(model, x_adv, x, y)
+
+    step = Step(model, LAYERS, attack=ATTACK)
+    step.loss = Spy()
+    step(*images(4))
+    assert seen == [{f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias")}] * 2
+
+
 def test_training_mode_reaches_the_statistics_of_a_selected_norm(images):
     torch.manual_seed(0)
     model = ConvNet().eval()
@@ -376,6 +390,8 @@ def test_reselection_gives_released_layers_their_own_memory(vit, images, bits, d
     before = bits(model)
     step.select(["head"])
     assert differing(before, bits(model)) == []
+    released = model.get_submodule(LAYERS[0]).weight
+    assert released.untyped_storage().nbytes() == released.nbytes
     step(x, y)
     assert differing(before, bits(model)) == ["tensor head.bias", "tensor head.weight"]
 
