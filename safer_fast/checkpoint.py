@@ -54,13 +54,16 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise Corrupt(f"{path} is not a whole safetensors file ({error}); fetch or write it again") from None
+        raise _not_whole(path, error) from None
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
     """What `save_tensors` was given as metadata; {} for a file written by others."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get("safer_fast", "{}"))
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("safer_fast", "{}"))
+    except safetensors.SafetensorError as error:
+        raise _not_whole(path, error) from None
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -99,6 +102,10 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     return None
 
 
+def _not_whole(path: Path, error: Exception) -> Corrupt:
+    return Corrupt(f"{path} is not a whole safetensors file ({error}); fetch or write it again")
+
+
 def _siblings(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
 
@@ -115,8 +122,8 @@ def _swap_in(new: Path, folder: Path, old: Path) -> None:
 
 def _verify(folder: Path) -> None:
     try:
-        sums = json.loads((folder / "manifest.json").read_text())
-    except json.JSONDecodeError:
+        sums = dict(json.loads((folder / "manifest.json").read_text()))
+    except (ValueError, TypeError):  # not JSON, not UTF-8, not an object
         raise Corrupt(f"{folder}/manifest.json is damaged") from None
     for name in _FILES:
         path = folder / name
