@@ -186,7 +186,8 @@ def _attacks(attacks: str | PGD | Sequence[str | PGD], at: Threat) -> dict[str, 
         elif (attack.norm, attack.eps) != (at.norm, at.eps):
             raise ValueError(f"{attack} is not an attack for {at}: give both the same norm and eps")
         else:
-            chosen[f"pgd-{attack.steps}-{attack.objective}"] = attack
+            name = f"pgd-{attack.steps}-{attack.objective}"
+            chosen[f"{name}-{len(chosen) + 1}" if name in chosen else name] = attack
     if not chosen:
         raise ValueError("no attacks given: name one, pgd-20 for example, or clean")
     return chosen
@@ -199,6 +200,8 @@ def _check(images: Tensor, labels: Tensor, ids: Tensor, batch_size: int) -> None
         raise ValueError("no images to evaluate on: the set is empty")
     if not len(images) == len(labels) == len(ids):
         raise ValueError(f"{len(images)} images, {len(labels)} labels and {len(ids)} ids: give one of each an image")
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise ValueError(f"labels {list(labels.shape)} {labels.dtype}: give class indices, int64 of shape [N]")
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise ValueError(f"pixels lie in [{low:.4g}, {high:.4g}]: give [0, 1]; normalisation belongs inside the model")
