@@ -12,6 +12,8 @@ Names are loaded on first use: `import safer_fast` alone does not import torch.
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -47,8 +49,19 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'safer_fast' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value  # `sf.evaluate` is the function, also after its module of the same name was imported
+    globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """`sf.evaluate` stays the function: importing the submodule of that name does not put the module in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:
