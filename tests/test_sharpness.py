@@ -230,6 +230,8 @@ def test_batches_are_averaged_and_their_spread_reported(vit, images):
     # Without ids, images are counted through the batches: the same keys.
     uncounted = layer_sharpness(model, [part[:2] for part in parts], attack=ATTACK)
     assert torch.equal(uncounted.per_batch, together.per_batch)
+    others = layer_sharpness(model, [(x, y, ids + 100) for x, y, ids in parts], attack=ATTACK)
+    assert not torch.equal(others.per_batch, together.per_batch)
 
 
 def scores_of(rows):
@@ -242,6 +244,8 @@ def test_stability_is_the_mean_rank_correlation():
     assert scores_of([[1.0, 2.0, 3.0], [30.0, 20.0, 10.0]]).stability == pytest.approx(-1.0, abs=F64)
     # Ranks (0 1 2 3) and (1 0 2 3): 1 − 6·2/(4·15) = 0.8 (Spearman).
     assert scores_of([[1.0, 2.0, 3.0, 4.0], [2.5, 2.0, 30.0, 31.0]]).stability == pytest.approx(0.8, abs=F64)
+    # Ranks (1 2 0 3) and (1 0 3 2): 1 − 6·14/60.
+    assert scores_of([[5.0, 6.0, 4.0, 7.0], [0.2, 0.1, 0.4, 0.3]]).stability == pytest.approx(-0.4, abs=F64)
 
 
 def test_identical_batches_are_stable(vit, images):
@@ -254,6 +258,9 @@ def test_identical_batches_are_stable(vit, images):
 
 def test_ranking_breaks_ties_in_model_order():
     assert scores_of([[1.0, 2.0, 2.0, 0.0, 2.0]]).ranking() == ["b", "c", "e", "a", "d"]
+    names = [f"l{i}" for i in range(1000)]
+    many = Scores(tuple(names), torch.arange(1000).remainder(2)[None].double(), Sharpness())
+    assert many.ranking() == names[1::2] + names[::2]
 
 
 def test_rho_overrides_and_attack_none_is_clean(setting):
