@@ -86,6 +86,7 @@ class _Run:
             **{s: getattr(data, s).to(self.device) for s in ("train", "held_out", "test")}
         )
         self.model = model_for(recipe, data).to(self.device)
+        self.initial = _whole(self.model)
         self.histories: dict[str, list[Record]] = {}
 
     def open(self, *, resume: bool) -> None:
@@ -123,7 +124,7 @@ class _Run:
     def start(self) -> tuple[dict[str, Tensor], Record]:
         """Weights and history after stage 1: what every method starts from."""
         if not self.recipe.stage1_epochs:
-            return _whole(self.model), {"history": []}
+            return self.initial, {"history": []}
         found = checkpoint.load(self.out / "start")
         if found is None:
             everything = Method("safer", Selection(by=EVERYTHING, every=0), SAM(rho=0.0))
