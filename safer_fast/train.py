@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ class _Run:
             raise FileExistsError(
                 f"{self.out} holds a run of another recipe: resume it as it was, or give another --out"
             )
+        if (self.out / "results.json").exists():
+            return
         self.out.mkdir(parents=True, exist_ok=True)
         checkpoint.write(path, text)
         checkpoint.write_json(self.out / "environment.json", environment(self.device))
@@ -332,12 +335,10 @@ def describe(recipe: Recipe, data: Dataset) -> Record:
 
 def environment(device: torch.device) -> Record:
     """Versions and hardware."""
-    import timm
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": str(device), "hardware": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "timm": timm.__version__, "python": platform.python_version(), "platform": platform.platform(),
+        "timm": version("timm"), "python": platform.python_version(), "platform": platform.platform(),
         "command": sys.argv,
     }  # fmt: skip
 
