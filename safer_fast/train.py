@@ -20,9 +20,10 @@ from . import checkpoint
 from . import recipe as recipes_on_disk
 from .attacks import threat
 from .data import Dataset, balanced, batches, load_data, plain_batches
-from .evaluate import Report, evaluate
-from .layers import EVERYTHING
+from .evaluate import Report, attack_named, evaluate
+from .layers import EVERYTHING, resolve_layers
 from .models import create_model
+from .modes import eval_mode
 from .optimizers import Optimizer
 from .plots import plot_curves, plot_sharpness
 from .progress import say, table, track
@@ -89,6 +90,14 @@ class _Run:
         self.model = model_for(recipe, data).to(self.device)
         self.initial = _whole(self.model)
         self.histories: dict[str, list[Record]] = {}
+        self._check()
+
+    def _check(self) -> None:
+        """Finds now what would be refused hours later: names of attacks and layers, the number of layers."""
+        r, at = self.recipe, threat(self.recipe.attack.norm, self.recipe.attack.eps)
+        for name in f"{r.select_by},{r.score_by}".split(","):
+            attack_named(name.strip(), at)
+        resolve_layers(self.model, r.selection.choose(dict.fromkeys(r.selection.candidates(self.model), 0.0)))
 
     def open(self, *, resume: bool) -> None:
         """Makes the folder, or checks that it is this recipe's."""
@@ -321,10 +330,17 @@ def model_for(recipe: Recipe, data: Dataset, *, weights: str | None = None) -> n
     """The recipe's model for this data, from its weights or starting checkpoint, drawn with the recipe's seed."""
     spec = recipe.model
     torch.manual_seed(mix(recipe.seed, "model"))
-    return create_model(
+    model = create_model(
         spec.name, num_classes=len(data.classes), img_size=spec.img_size, patch_size=spec.patch_size,
         in_chans=data.train.images.shape[1], weights=weights or recipe.start or spec.weights, **spec.args,
     )  # fmt: skip
+    try:
+        with torch.no_grad(), eval_mode(model):
+            model(data.train.images[:1].cpu().float() / 255)
+    except (AssertionError, RuntimeError) as error:
+        size = "×".join(map(str, data.train.images.shape[2:]))
+        raise ValueError(f"{spec.name} does not take the {size} images of {data.name}: {error}; give --img-size and --patch-size") from None
+    return model
 
 
 def describe(recipe: Recipe, data: Dataset) -> Record:
