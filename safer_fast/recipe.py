@@ -98,6 +98,8 @@ class Recipe:
             )
         if self.batch_size < 1 or self.accumulate < 1 or self.eval_batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}, accumulate={self.accumulate}: each is 1 or more")
+        if not self.clip >= 0:
+            raise ValueError(f"clip={self.clip}: the largest gradient norm is 0 (no clipping) or more")
         if not self.finetune_lr > 0:
             raise ValueError(f"finetune_lr={self.finetune_lr}: a learning rate is more than 0")
 
@@ -191,11 +193,12 @@ def number(text: str) -> float:
 
 def _build(kind: Any, tree: Any, where: str) -> Any:
     if not isinstance(tree, Mapping):
-        raise ValueError(f"{where or 'recipe'}: expected fields, got {tree!r}")
+        group = where.rstrip(".")
+        raise ValueError(f"{group or 'recipe'}={tree!r}: it has fields of its own; write {where}<field>")
     tree = dict(tree)
     names = {f.name for f in dataclasses.fields(kind)}
-    if "name" in tree and "name" not in names:
-        tree.pop("name")
+    if kind in (*LOSSES.values(), *OPTIMIZERS.values()):
+        tree.pop("name", None)
     hints = typing.get_type_hints(kind)
     for key in tree:
         if key not in names:
@@ -264,7 +267,7 @@ def _set(tree: dict[str, Any], path: list[str], key: str, value: Any) -> None:
         tree = tree.get(part)  # type: ignore[assignment]
         if not isinstance(tree, dict):
             raise ValueError(_unknown(key, _names()))
-    if isinstance(tree.get(path[-1]), dict) and isinstance(value, str) and path[-1] != "args":
+    if path in (["loss"], ["optimizer"]) and isinstance(value, str):
         tree[path[-1]] = {"name": value}  # --loss trades, --optimizer adamw: with the defaults of that kind
     else:
         tree[path[-1]] = value
@@ -293,7 +296,7 @@ def _plain(value: Any) -> Any:
 def _fractions(value: Any) -> Any:
     """8/255 instead of 0.03137254901960784, where that is exactly the same number."""
     if isinstance(value, dict):
-        return {k: _fractions(v) for k, v in value.items()}
+        return {k: v if k == "args" else _fractions(v) for k, v in value.items()}  # args are timm's, as they are
     if isinstance(value, float) and 0 < value < 1:
         for n in range(1, 33):
             if value == n / 255:
