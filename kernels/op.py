@@ -47,17 +47,19 @@ class Op:
 
     run           the op itself: C++ on the CPU where built, Triton on CUDA, else the reference
     reference     ten lines of PyTorch, in place where the op is in place
-    triton        the Triton launcher; tests call it on CPU tensors in Triton's interpreter
+    triton        the Triton launcher, or None; tests call it on CPU tensors in Triton's interpreter
     samples       (device, dtype, seed) -> argument tuples, with odd sizes on purpose
     bytes_moved   the same arguments -> bytes read and written, each tensor once
+    onednn        for an op that can use it: whether oneDNN does the float32 work on the CPU
     """
 
     name: str
     run: Callable[..., Any]
     reference: Callable[..., Any]
-    triton: Callable[..., Any]
+    triton: Callable[..., Any] | None
     samples: Callable[[torch.device | str, torch.dtype, int], Iterator[tuple[Any, ...]]]
     bytes_moved: Callable[..., int]
+    onednn: Callable[[], bool] | None = None
 
 
 def attach(run: Any, launch: Callable[..., Any], reference: Callable[..., Any]) -> None:

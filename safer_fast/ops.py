@@ -2,7 +2,7 @@
 
 An op runs as C++ on the CPU where `safer_fast._C` is built (csrc/), as a Triton kernel on a GPU, and
 everywhere else as its reference: ten lines of PyTorch in the op's file, whose docstring gives formula,
-shapes, dtypes and what it raises.
+shapes, dtypes and what it raises. `linear` and `attention` are for the CPU and have no Triton kernel.
 """
 
 import warnings
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from safer_fast.kernels import adamw_update as _adamw_update
+from safer_fast.kernels import attention as _attention
 from safer_fast.kernels import gather_augment as _gather_augment
 from safer_fast.kernels import global_norm as _global_norm
 from safer_fast.kernels import l2_step as _l2_step
 from safer_fast.kernels import layer_norms as _layer_norms
+from safer_fast.kernels import linear as _linear
 from safer_fast.kernels import linf_step as _linf_step
 from safer_fast.kernels import sam_perturb as _sam_perturb
 from safer_fast.kernels import sgd_update as _sgd_update
@@ -33,6 +35,9 @@ ALL: list[Op] = [
     _sgd_update.OP,
     _adamw_update.OP,
     _gather_augment.OP,
+    _linear.OP,
+    _attention.OP,
+    _attention.BACKWARD,
 ]
 _BY_NAME = {op.name: op for op in ALL}
 
@@ -40,6 +45,9 @@ uniform_start = _uniform_start.uniform_start
 global_norm = _global_norm.global_norm
 layer_norms = _layer_norms.layer_norms
 gather_augment = _gather_augment.gather_augment
+linear = _linear.linear
+attention = _attention.attention
+attention_backward = _attention.attention_backward
 
 
 def _no_tape(op: str, **written: Tensor | None) -> None:
@@ -109,11 +117,14 @@ if broken_native:
     warnings.warn(broken_native, RuntimeWarning, stacklevel=2)
 
 
-def active(name: str, device: torch.device | str) -> Literal["native", "triton", "reference"]:
+def active(name: str, device: torch.device | str) -> Literal["native", "onednn", "triton", "reference"]:
     """Which implementation of op `name` runs on `device` (float32). ValueError: no such op."""
     if name not in _BY_NAME:
         raise ValueError(f"no op is named {name!r}; there are {', '.join(_BY_NAME)}")
     kind = torch.device(device).type
     if kind == "cpu" and torch._C._dispatch_has_kernel_for_dispatch_key(f"safer_fast::{name}", "CPU"):
         return "native"
-    return "triton" if kind == "cuda" and HAVE_TRITON else "reference"
+    op = _BY_NAME[name]
+    if kind == "cpu" and op.onednn is not None and op.onednn():
+        return "onednn"
+    return "triton" if kind == "cuda" and HAVE_TRITON and op.triton is not None else "reference"

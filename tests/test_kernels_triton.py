@@ -15,7 +15,7 @@ import pytest
 import torch
 
 NAMES = [path.stem for path in sorted((Path(__file__).parents[1] / "kernels").glob("*.py"))]
-NAMES = [name for name in NAMES if name not in ("op", "philox")]
+NAMES = [name for name in NAMES if name not in ("op", "philox", "linear", "attention")]
 
 # rtol, atol by dtype. The interpreter cuts bf16 off where the hardware rounds it (Triton 3.9): one unit, not a half.
 TOLERANCE = {torch.float32: (3e-7, 1.2e-7), torch.bfloat16: (2**-7, 0.0)}
@@ -88,6 +88,8 @@ def verdicts():
     assert torch.empty(3).isnan().all()
     found = {}
     for op in ops.ALL:
+        if op.triton is None:
+            continue
         try:
             check(op)
             check_refusals(op)
