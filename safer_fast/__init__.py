@@ -4,7 +4,7 @@
     model  = sf.create_model("deit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=4, weights="….safetensors")
     scores = sf.layer_sharpness(model, loader, attack=sf.PGD(eps=8 / 255), rho=0.05)
     layers = sf.select_layers(scores, k=2)
-    step   = sf.Step(model, layers, attack=sf.PGD(eps=8 / 255), sam=sf.SAM(rho=0.05), optimizer=sf.SGD(lr=0.01))
+    step   = sf.compile_step(model, layers, attack=sf.PGD(eps=8 / 255), sam=sf.SAM(rho=0.05), optimizer=sf.SGD(lr=0.01))
     loss   = step(images, labels)
     report = sf.evaluate(model, images, labels, threat=sf.Linf(8 / 255), attacks="pgd-20")
 
@@ -24,7 +24,7 @@ _HOME = {
     "SAM": "sam", "SGD": "optimizers", "AdamW": "optimizers", "Schedule": "schedule",
     "create_model": "models", "load_weights": "models", "load_data": "data",
     "layer_sharpness": "sharpness", "Sharpness": "sharpness", "select_layers": "selection", "Selection": "selection",
-    "Step": "step", "Recipe": "recipe", "evaluate": "evaluate", "Report": "evaluate", "finetune": "train",
+    "Step": "step", "compile_step": "engine", "compile_attack": "engine", "Recipe": "recipe", "evaluate": "evaluate", "Report": "evaluate", "finetune": "train",
 }  # fmt: skip
 
 __all__ = [*_HOME, "__version__"]
@@ -32,6 +32,7 @@ __all__ = [*_HOME, "__version__"]
 if TYPE_CHECKING:
     from .attacks import L2, PGD, Linf
     from .data import load_data
+    from .engine import compile_attack, compile_step
     from .evaluate import Report, evaluate
     from .losses import MART, TRADES, CrossEntropy
     from .models import create_model, load_weights

@@ -56,13 +56,14 @@ def sharpness(
 ) -> None:
     """Score the layers of a model by adversarial sharpness, list and plot them."""
     from .data import balanced, plain_batches
+    from .engine import fast_linear
     from .progress import table, track
     from .sharpness import layer_sharpness
 
     loaded = _load(model, _overrides(context.args), device)
     how, split = loaded.recipe.sharpness, balanced(loaded.data.train, loaded.recipe.sharpness.examples)
     candidates = loaded.recipe.selection.candidates(loaded.model)
-    with track("sharpness", len(split.labels)) as advance:
+    with track("sharpness", len(split.labels)) as advance, fast_linear(split.images.device):
         scores = layer_sharpness(
             loaded.model, plain_batches(split, how.batch), attack=loaded.recipe.attack, how=how, layers=candidates,
             seed=loaded.recipe.seed, advance=advance,

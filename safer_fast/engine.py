@@ -2,6 +2,7 @@
 
 The result is `step.Step` with its seams filled, so the mathematics is written once:
     eager      the specification itself
+    native     on a CPU: Linear layers by oneDNN, attention in C++; nothing is compiled, every shape is welcome
     compiled   one graph an attack iteration; both passes compiled from the first selected block on
     captured   the whole compiled step as one CUDA graph
 In bf16 the frozen network computes in bf16 without autocast, the selected layers have fp32 masters in the store, and
@@ -15,9 +16,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from . import perturbed
+from . import ops, perturbed
 from .attacks import PGD
 from .attacks.objectives import OBJECTIVES
 from .losses import CrossEntropy, Loss
@@ -27,7 +30,7 @@ from .optimizers import SGD, Optimizer
 from .sam import SAM
 from .step import DTYPES, MicroBatch, Step
 
-MODES = ("auto", "eager", "compiled", "captured")
+MODES = ("auto", "eager", "native", "compiled", "captured")
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -54,10 +57,10 @@ def compile_step(
 ) -> Step:
     """A training step, as fast as this machine allows: loss = step(images, labels). Arguments as in `Step`.
 
-    precision: "fp32", "bf16", "fp16" or "auto" (bf16 on a GPU that has it, else fp32). mode: "eager", "compiled",
-    "captured" (one CUDA graph), or "auto", the fastest that works here; `step.mode` and `step.reason` tell which.
-    The first call compiles (a minute or two) for the shape of its batch; a batch of another shape, such as a short
-    last one, runs eagerly. A schedule's values and a re-selection of layers in the same place recompile nothing.
+    precision: "fp32", "bf16", "fp16" or "auto" (bf16 on a GPU that has it, else fp32). mode: "eager", "native" (CPU),
+    "compiled", "captured" (one CUDA graph), or "auto", the fastest that works here; `step.mode` and `step.reason`
+    tell which. Where something is compiled, the first call does it (a minute or two) for the shape of its batch; a
+    batch of another shape, such as a short last one, runs eagerly. A schedule's values recompile nothing.
     Raises ValueError for a mode or precision that cannot be had, with the reason.
     """
     device = next(model.parameters()).device
@@ -81,12 +84,16 @@ def compile_attack(model: nn.Module, attack: PGD, *, mode: str = "auto") -> Call
     batch shape compiles once more.
     """
     choice = choose_mode(mode, next(model.parameters()).device)
-    forward = chain(segments(model, class_token_only=True))
-    iterate = None if choice.mode == "eager" else compiled_iteration(attack, forward)
+    forward, iterate = None, None
+    if choice.mode == "native":
+        forward = native(chain(segments(model, class_token_only=True, attention=_attention)))
+    elif choice.mode != "eager":
+        forward = chain(segments(model, class_token_only=True))
+        iterate = compiled_iteration(attack, forward)
 
     def run(x: Tensor, y: Tensor, ids: Tensor | None = None, **keys: Any) -> Tensor:
         with only_grad(model, ()):
-            return attack(model, x, y, ids, iterate=iterate, **keys)
+            return attack(model, x, y, ids, forward=forward, iterate=iterate, **keys)
 
     return run
 
@@ -110,18 +117,27 @@ def choose_mode(mode: str, device: torch.device) -> Choice:
     """The mode asked for, or the fastest for this device. Raises ValueError for one that cannot be had."""
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
-    if mode == "captured" and device.type != "cuda":
-        raise ValueError(f"mode=captured on {device.type}: CUDA graphs need a GPU; use compiled")
-    if mode == "eager":
-        return Choice("eager", "asked for")
-    missing = "no C++ compiler (g++ or clang++) was found" if not _has_compiler(device) else ""
-    if missing and mode != "auto":
-        raise ValueError(f"mode={mode}: {missing}; install one, or use eager")
-    if missing:
-        return Choice("eager", missing)
+    impossible = _impossible(mode, device)
+    if impossible:
+        raise ValueError(f"mode={mode}: {impossible}")
     if mode != "auto":
         return Choice(mode, "asked for")
-    return Choice("captured", "a GPU") if device.type == "cuda" else Choice("compiled", "a CPU with a compiler")
+    if device.type == "cuda":
+        return Choice("captured", "a GPU")
+    return Choice(
+        "native", f"a CPU; linear by {ops.active('linear', device)}, attention by {ops.active('attention', device)}"
+    )
+
+
+def _impossible(mode: str, device: torch.device) -> str:
+    """Why a mode cannot be had on this device; "" if it can."""
+    if mode == "captured" and device.type != "cuda":
+        return f"CUDA graphs need a GPU, and the model is on {device.type}; use compiled or native"
+    if mode == "native" and device.type != "cpu":
+        return f"its kernels are for CPUs, and the model is on {device.type}; use captured"
+    if mode == "compiled" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        return "no C++ compiler (g++ or clang++) was found; install one, or use native"
+    return ""
 
 
 class FastStep(Step):
@@ -137,7 +153,8 @@ class FastStep(Step):
 
     def __call__(self, images: Tensor, labels: Tensor, ids: Tensor | None = None, **schedule: Any) -> Tensor:
         self._shape = self._shape or images.shape
-        self._fast = images.shape == self._shape and len(images) % self.accumulate == 0
+        usual = images.shape == self._shape and len(images) % self.accumulate == 0
+        self._fast = usual or self.mode == "native"
         return super().__call__(images, labels, ids, **schedule)
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -159,14 +176,25 @@ class FastStep(Step):
                 "dropout is active in a trained module, and both passes must draw alike",
             )
         self._shadow = self._make_shadow()
-        pieces = segments(self.compute, class_token_only=not dropout)
+        pieces = self._pieces(dropout)
         first = min(segment_of(pieces, name) for name in self.store.layers)
-        if self._shadow is not None:
-            pieces = [*pieces, Segment("logits", (), Tensor.float)]
-        self._whole = chain(pieces)
-        self._prefix = compiled(chain(pieces[:first])) if first else None
-        self._suffix = compiled(chain(pieces[first:]))
-        if self.attack and (self._iterate is None or self._shadow is not None):
+        make = native if self.mode == "native" else compiled
+        self._whole, suffix = chain(pieces), chain(pieces[first:])
+        self._prefix = make(chain(pieces[:first])) if first else None
+        self._suffix = make(suffix)
+        self._choose_iteration()
+
+    def _pieces(self, dropout: bool) -> list[Segment]:
+        plain = self.mode == "native" and self.precision == "fp32" and not dropout
+        attention = _attention if plain else None
+        pieces = segments(self.compute, class_token_only=not dropout, attention=attention)
+        return pieces if self._shadow is None else [*pieces, Segment("logits", (), Tensor.float)]
+
+    def _choose_iteration(self) -> None:
+        """A re-selection keeps what was compiled for the attack, unless the computing model is another one."""
+        if self.mode == "native":
+            self._whole = native(self._whole)
+        elif self.attack and (self._iterate is None or self._shadow is not None):
             self._iterate = compiled_iteration(self.attack, self._whole)
 
     def _make_shadow(self) -> "list[Any] | None":
@@ -306,5 +334,29 @@ def compiled(function: Callable[..., Tensor], *, fullgraph: bool = False) -> Cal
     return run
 
 
-def _has_compiler(device: torch.device) -> bool:
-    return device.type == "cuda" or any(shutil.which(name) for name in ("g++", "clang++"))
+def _attention(qkv: Tensor) -> Tensor:
+    return ops.attention(qkv)[0]
+
+
+class _OneDNN(TorchFunctionMode):
+    """Sends every F.linear inside through ops.linear, in any model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return ops.linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def fast_linear(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, every Linear of every model takes the fastest exact way on this device."""
+    return _OneDNN() if device.type == "cpu" else nullcontext()
+
+
+def native(function: Forward) -> Forward:
+    """The function with its Linear layers by oneDNN: MKL runs at half its speed on CPUs that are not Intel's."""
+
+    def run(x: Tensor) -> Tensor:
+        with _OneDNN():
+            return function(x)
+
+    return run

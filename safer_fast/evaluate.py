@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .attacks import PGD, Threat
 from .attacks.threat import TOLERANCE
+from .engine import fast_linear
 from .modes import eval_mode
 from .progress import Advance, track
 
@@ -95,7 +96,7 @@ def evaluate(
     chosen = _attacks(attacks, threat)
     start = time.perf_counter()
     left, tallies, invalid = [], dict.fromkeys(chosen, 0), 0
-    with eval_mode(model), track(label, len(images)) as advance:
+    with eval_mode(model), fast_linear(device), track(label, len(images)) as advance:
         for rows in torch.arange(len(images)).split(batch_size):
             x, y, i = (t[rows].to(device) for t in (images, labels, ids))
             queue = _Queue(model, x, y, i, seed, threat)

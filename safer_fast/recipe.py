@@ -59,6 +59,7 @@ class Recipe:
     epochs: both stages together. warmup_epochs: the part of stage 1 that is clean (two thirds) or at rising eps.
     finetune_epochs: stage 2; None means a fifth of epochs. start: a robust checkpoint to begin stage 2 from instead.
     optimizer.lr is stage 1's, finetune_lr stage 2's; schedule.milestones are fractions of each stage.
+    precision, mode: how the step is computed, see `engine.compile_step`.
     select_by, score_by: attacks that choose the best epoch (on held-out training images) and score (on test images).
     """
 
@@ -80,7 +81,8 @@ class Recipe:
     batch_size: int = 64
     accumulate: int = 1
     clip: float = 1.0
-    precision: str = "fp32"
+    precision: str = "auto"
+    mode: str = "auto"
     select_by: str = "pgd-10"
     score_by: str = "pgd-20"
     eval_batch_size: int = 512

@@ -20,6 +20,7 @@ from . import checkpoint
 from . import recipe as recipes_on_disk
 from .attacks import threat
 from .data import Dataset, balanced, batches, load_data, plain_batches
+from .engine import choose_mode, choose_precision, compile_step, fast_linear
 from .evaluate import Report, attack_named, evaluate
 from .layers import EVERYTHING, resolve_layers
 from .models import create_model
@@ -81,7 +82,8 @@ class _Run:
     def __init__(self, recipe: Recipe, out: Path, device: str | None) -> None:
         self.recipe, self.out = recipe, out
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        _check_precision(recipe.precision, self.device)
+        choose_precision(recipe.precision, self.device)
+        choose_mode(recipe.mode, self.device)
         spec = recipe.data
         data = load_data(spec.name, spec.dir, limit=spec.limit, holdout=spec.holdout)
         self.data: Dataset = data._replace(
@@ -91,6 +93,14 @@ class _Run:
         self.initial = _whole(self.model)
         self.histories: dict[str, list[Record]] = {}
         self._check()
+        self.said: set[str] = set()
+
+    def announce(self, step: Step) -> None:
+        """Says once how the steps of this run are computed, and why."""
+        text = f"step: {step.mode}, {step.precision} on {self.device} ({step.reason})"
+        if text not in self.said:
+            say(text)
+        self.said.add(text)
 
     def _check(self) -> None:
         """Finds now what would be refused hours later: names of attacks and layers, the number of layers."""
@@ -194,17 +204,16 @@ class _Loop:
             "history": list(history), "selections": [], "best": {"epoch": -1, "robust": -1.0},
         }  # fmt: skip
         self.batches = -(-len(self.data.train.labels) // self.recipe.batch_size)
-        self.saved = time.perf_counter()
+        self.saved = self.ticked = time.perf_counter()
+        self.lr = 0.0
 
     def run(self) -> Record:
         """Trains to the end of the stage, from the newest checkpoint of it where there is one."""
         self._restore()
         while self.state["epoch"] < self.epochs:
-            started = time.perf_counter()
             if self.state["batch"] == 0:
                 self._select()
-            self._epoch()
-            self._end_epoch(started)
+            self._end_epoch(self._epoch())
         return self.state
 
     def _restore(self) -> None:
@@ -221,10 +230,12 @@ class _Loop:
         r = self.recipe
         optimizer: Optimizer = r.optimizer if self.stage == "pgd-at" else replace(r.optimizer, lr=r.finetune_lr)
         attack = replace(r.attack, objective="kl", start="gaussian") if r.loss.name == "trades" else r.attack
-        return Step(
+        step = compile_step(
             self.model, layers, attack=attack, sam=self.method.sam, optimizer=optimizer, loss=r.loss, clip=r.clip,
-            accumulate=r.accumulate, precision=r.precision, seed=r.seed,
+            accumulate=r.accumulate, precision=r.precision, mode=r.mode, seed=r.seed,
         )  # fmt: skip
+        self.run_.announce(step)
+        return step
 
     def _select(self) -> None:
         epoch, every = self.state["epoch"], self.method.selection.every
@@ -253,14 +264,16 @@ class _Loop:
 
     def _sharpness(self) -> Scores:
         how, split = self.recipe.sharpness, balanced(self.data.train, self.recipe.sharpness.examples)
-        with track(f"{self.method.name}: sharpness", len(split.labels)) as advance:
+        with track(f"{self.method.name}: sharpness", len(split.labels)) as advance, fast_linear(self.run_.device):
             return layer_sharpness(
                 self.model, plain_batches(split, how.batch), attack=self.recipe.attack, how=how,
                 layers=self.method.selection.candidates(self.model), seed=self.recipe.seed, advance=advance,
             )  # fmt: skip
 
-    def _epoch(self) -> None:
+    def _epoch(self) -> float:
+        """The rest of an epoch; returns images/s."""
         s, r = self.state, self.recipe
+        start, before = time.perf_counter(), s["seen"]
         key = mix(r.seed, self.stage, s["epoch"])
         todo = batches(
             self.data.train, r.batch_size, seed=mix(r.seed, self.stage), epoch=s["epoch"], augment=r.data.augment,
@@ -272,8 +285,8 @@ class _Loop:
             for batch in todo:
                 at = s["epoch"] + s["batch"] / self.batches
                 torch.manual_seed(mix(key, "dropout", s["batch"]))
-                lr = self.step.optimizer.lr * r.schedule.factor(at / self.epochs)
-                value = self.step(*batch, lr=lr, eps=r.attack.eps * eps_factor(at, self.warmup), seed=key)
+                self.lr = self.step.optimizer.lr * r.schedule.factor(at / self.epochs)
+                value = self.step(*batch, lr=self.lr, eps=r.attack.eps * eps_factor(at, self.warmup), seed=key)
                 loss += value * len(batch.y)
                 hits += self.step.accuracy * len(batch.y)
                 s["batch"] += 1
@@ -283,19 +296,26 @@ class _Loop:
                     s["loss"], s["hits"] = float(loss), float(hits)
                     self._save()
         s["loss"], s["hits"] = float(loss), float(hits)
+        return (s["seen"] - before) / (time.perf_counter() - start)
 
-    def _end_epoch(self, started: float) -> None:
-        s, trained = self.state, time.perf_counter() - started
+    def _tick(self) -> None:
+        """Counts the time since the last tick; what a killed process did after its last checkpoint is not counted."""
+        now = time.perf_counter()
+        self.state["seconds"] += now - self.ticked
+        self.ticked = now
+
+    def _end_epoch(self, rate: float) -> None:
+        s = self.state
         record = {
-            "stage": self.stage, "epoch": len(s["history"]), "lr": float(self.step._lr),
+            "stage": self.stage, "epoch": len(s["history"]), "lr": self.lr,
             "eps": self.recipe.attack.eps * eps_factor(s["epoch"], self.warmup),
             "loss": s["loss"] / s["seen"], "train_robust": s["hits"] / s["seen"],
         }  # fmt: skip
         s["epoch"] += 1
         if s["epoch"] > self.warmup or s["epoch"] == self.epochs:
             record |= self._held_out(s["epoch"])
-        s["seconds"] += time.perf_counter() - started
-        record |= {"images_per_s": round(s["seen"] / trained, 1), "seconds": round(s["seconds"], 3)}
+        self._tick()
+        record |= {"images_per_s": round(rate, 1), "seconds": round(s["seconds"], 3)}
         s["history"].append(record)
         s |= {"batch": 0, "loss": 0.0, "hits": 0.0, "seen": 0}
         self._say(record)
@@ -319,6 +339,7 @@ class _Loop:
         )
 
     def _save(self) -> None:
+        self._tick()
         tensors = {f"model.{n}": t for n, t in _whole(self.model).items()} | self.step.state_tensors()
         checkpoint.save(self.folder / "last", tensors, self.state)
         lines = "".join(json.dumps(r) + "\n" for r in self.state["history"])
@@ -362,11 +383,6 @@ def environment(device: torch.device) -> Record:
 def _whole(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the state dict: the live one changes with the next step."""
     return {name: t.detach().clone() for name, t in model.state_dict().items()}
-
-
-def _check_precision(precision: str, device: torch.device) -> None:
-    if device.type == "cpu" and precision != "fp32":
-        raise ValueError(f"precision={precision} on a CPU: it is emulated and many times slower there; use fp32")
 
 
 def _show(results: dict[str, Any], recipe: Recipe, n: int) -> None:
