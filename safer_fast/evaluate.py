@@ -150,6 +150,8 @@ class _Queue:
             return right
         right = right.clone()
         for rows in right.nonzero().squeeze(1).split(CHUNK):
+            if not len(rows):  # split() of nothing is one empty chunk
+                break
             full = _filled(rows)
             x = self.x[full]
             x_adv = attack(self.model, x, self.y[full], self.ids[full], seed=self.seed)[: len(rows)]
