@@ -1,56 +1,67 @@
-"""Honest timing: variants interleaved (A B A B …), medians, spreads, a synchronised clock."""
+"""Honest timing: variants interleaved on a synchronised clock; on a GPU graph replays between events; its ceilings.
+
+`Timing`, `interleave` and `paired_ratio` are the package's own, which `safer-fast bench` times with.
+"""
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 
+from safer_fast.profiling import Timing, clock, interleave, paired_ratio, synchronise
 
-class Timing(NamedTuple):
-    """Seconds of each repeat."""
-
-    seconds: list[float]
-
-    @property
-    def median(self) -> float:
-        """Median seconds."""
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """Half the distance between the quartiles, as a fraction of the median."""
-        low, _, high = statistics.quantiles(self.seconds, n=4)
-        return (high - low) / 2 / self.median
+__all__ = [
+    "Timing", "clock", "copy_gb_per_s", "interleave", "matmul_tflops", "paired_ratio", "seconds_of", "synchronise",
+]  # fmt: skip
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1) -> dict[str, Timing]:
-    """Times each variant `repeats` times, in turn, after `warmup` turns that do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(warmup + repeats):
-        for name, run in variants.items():
-            elapsed = clock(run)
-            if turn >= warmup:
-                seconds[name].append(elapsed)
-    return {name: Timing(values) for name, values in seconds.items()}
-
-
-def paired_ratio(a: Timing, b: Timing) -> float:
-    """Median over the turns of a/b: what drifts in the machine's speed hits both sides of a pair."""
-    return statistics.median(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
-
-
-def clock(run: Callable[[], object]) -> float:
-    """Wall seconds of one call, the GPU waited for."""
-    synchronise()
-    start = time.perf_counter()
+def seconds_of(run: Callable[[], object], *, device: torch.device | str, calls: int = 10, repeats: int = 20) -> Timing:
+    """Seconds of one call, `repeats` times. On a GPU `calls` of them are replayed as one graph, so that no host time
+    comes between them; on a CPU they follow each other."""
+    if torch.device(device).type == "cuda":
+        return _replayed(run, calls, repeats)
     run()
-    synchronise()
-    return time.perf_counter() - start
+    return Timing([clock(lambda: [run() for _ in range(calls)]) / calls for _ in range(repeats)])
 
 
-def synchronise() -> None:
-    """Waits for the GPU, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _replayed(run: Callable[[], object], calls: int, repeats: int) -> Timing:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, and lets libraries allocate
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    graph.replay()
+    seconds = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3 / calls)
+    return Timing(seconds)
+
+
+def copy_gb_per_s(device: torch.device | str, nbytes: int = 1 << 30) -> float:
+    """Bytes read and written by a copy of a random buffer, in GB/s: the bandwidth that a kernel can be held to.
+
+    The buffer has to be several times the last cache to measure memory.
+    """
+    source = torch.rand(nbytes // 4, device=device)
+    target = torch.full_like(source, float("nan"))
+    timing = seconds_of(lambda: target.copy_(source), device=device, calls=3, repeats=10)
+    assert torch.equal(source, target)
+    return 2 * source.nbytes / timing.median / 1e9
+
+
+def matmul_tflops(device: torch.device | str, dtype: torch.dtype, n: int = 8192) -> float:
+    """TFLOP/s of an n×n×n product of random matrices: the rate that a model can be held to."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    timing = seconds_of(lambda: torch.mm(a, b, out=out), device=device, calls=3, repeats=10)
+    return 2 * n**3 / statistics.median(timing.seconds) / 1e12

@@ -23,6 +23,7 @@ from .layers import EVERYTHING, resolve_layers
 from .losses import CrossEntropy, Loss
 from .modes import eval_mode, only_grad
 from .optimizers import SGD, Optimizer
+from .profiling import phase
 from .sam import SAM, moved
 from .scaler import LossScaler
 from .seeds import mix
@@ -114,16 +115,20 @@ class Step:
         return self._run(images, labels, ids, attacked=attacked)
 
     def _run(self, images: Tensor, labels: Tensor, ids: Tensor, *, attacked: bool) -> Tensor:
-        batch = self._craft(images, labels, ids, attacked=attacked)
+        with phase("attack"):
+            batch = self._craft(images, labels, ids, attacked=attacked)
         with eval_mode(self.compute, training=self._training), only_grad(self.compute, self.params):
             draw = self._dropout_draw()
-            loss, g_P = self._gradient(batch, measure=True)
-            norms = self.sam.perturb_(self._e_P, g_P, self.store.w_P, self.store.offsets_L1, self._rho)
+            with phase("pass1"):
+                loss, g_P = self._gradient(batch, measure=True)
+            with phase("perturb"):
+                norms = self.sam.perturb_(self._e_P, g_P, self.store.w_P, self.store.offsets_L1, self._rho)
             if self.sam.radius > 0:
                 self._repeat_dropout(draw)
-                with self._moved():
+                with phase("pass2"), self._moved():
                     _, g_P = self._gradient(batch)
-        self._update(g_P, norms)
+        with phase("update"):
+            self._update(g_P, norms)
         return loss
 
     def select(self, layers: str | Iterable[str]) -> None:
