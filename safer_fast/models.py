@@ -181,7 +181,8 @@ class _ClassTokenBlock(_PlainBlock):
     def _attend(self, h_BND: Tensor) -> Tensor:
         attn: Any = self.block.attn
         batch, width = len(h_BND), attn.num_heads * attn.head_dim
-        q = linear_rows(attn.qkv, h_BND[:, : self.n], slice(0, width))
+        first = h_BND[:, : self.n].reshape(-1, h_BND.shape[-1])  # contiguous: one product, not one an image
+        q = linear_rows(attn.qkv, first, slice(0, width))
         kv = linear_rows(attn.qkv, h_BND, slice(width, 3 * width))
         q = q.reshape(batch, self.n, attn.num_heads, attn.head_dim).transpose(1, 2)
         k, v = kv.reshape(batch, -1, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
