@@ -70,8 +70,8 @@ def finetune(
     if (done := run.finished(compare)) is not None:
         return done
     results = {"runs": [run.method(m) for m in [*methods(recipe, compare=compare)]]}
-    checkpoint.write_json(out / "results.json", results)
     plot_curves(out / "curves.png", run.histories, chance=1 / len(run.data.classes))
+    checkpoint.write_json(out / "results.json", results)
     _show(results, recipe, n=len(run.data.test.labels))
     return results
 
