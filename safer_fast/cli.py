@@ -36,10 +36,11 @@ def finetune(
     from .train import finetune as run
 
     changes = _overrides(context.args)
-    chosen = _recipe(recipe, changes)
     if start:
-        epochs = {"finetune_epochs": chosen.epochs} if "epochs" in changes else {}
-        chosen = chosen.replace({"start": start, "finetune_epochs": chosen.stage2_epochs, **epochs})
+        changes["start"] = start
+        if "epochs" in changes:
+            changes.setdefault("finetune_epochs", changes["epochs"])
+    chosen = _recipe(recipe, changes)
     folder = out or _next_folder(Path("runs"), chosen.name, resume=resume)
     run(chosen, folder, compare=compare, resume=resume, device=device)
     typer.echo(f"run folder: {folder}")
@@ -86,7 +87,7 @@ def evaluate(
     attack: Annotated[str, typer.Option(help="clean, pgd-<steps>, cw-<steps>; several with commas")] = "pgd-20",
     eps: Annotated[str | None, typer.Option(help="budget in [0, 1] pixels, 8/255 say; default: the recipe's")] = None,
     norm: Annotated[str | None, typer.Option(help="Linf or L2; default: the recipe's")] = None,
-    n: Annotated[int | None, typer.Option(help="so many test images, balanced over classes; default all")] = None,
+    n: Annotated[int | None, typer.Option(min=1, help="so many test images, balanced over classes; default all")] = None,
     batch_size: Annotated[int, typer.Option(help="images queued at a time; does not change the result")] = 512,
     seed: Annotated[int, typer.Option(help="of the attack's draws")] = 0,
     as_json: Annotated[Path | None, typer.Option("--json", help="write the report here")] = None,
@@ -155,17 +156,15 @@ class _Loaded:
 
 def _load(path: str, changes: dict[str, Any], device: str | None) -> _Loaded:
     """A model file or run folder with its recipe: the folder's own, what the file says of itself, or the options."""
-    import torch
-
     from .data import load_data
-    from .train import model_for
+    from .train import device_named, model_for
 
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no model at {path}: give a run folder with model.safetensors, or a weights file")
     recipe = _recipe_of(file).replace({**changes, "start": str(file)})
     data = load_data(recipe.data.name, recipe.data.dir, limit=recipe.data.limit, holdout=recipe.data.holdout)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = device_named(device)
     moved = {name: getattr(data, name).to(target) for name in ("train", "held_out", "test")}
     return _Loaded(recipe, data._replace(**moved), model_for(recipe, data).to(target))
 

@@ -81,7 +81,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe, out: Path, device: str | None) -> None:
         self.recipe, self.out = recipe, out
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = device_named(device)
         choose_precision(recipe.precision, self.device)
         choose_mode(recipe.mode, self.device)
         spec = recipe.data
@@ -345,6 +345,15 @@ class _Loop:
         lines = "".join(json.dumps(r) + "\n" for r in self.state["history"])
         checkpoint.write(self.folder / "log.jsonl", lines)
         self.saved = time.perf_counter()
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device of that name; by default a GPU if there is one. Raises ValueError for one that is not here."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def model_for(recipe: Recipe, data: Dataset, *, weights: str | None = None) -> nn.Module:
