@@ -251,7 +251,12 @@ def _normalise_inside(model: nn.Module, mean: Sequence[float] | float, std: Sequ
     """As a hook and non-persistent buffers: names and state dict stay timm's."""
     for name, value in (("pixel_mean", mean), ("pixel_std", std)):
         model.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(-1, 1, 1), persistent=False)
-    model.register_forward_pre_hook(lambda module, args: (normalise(module, args[0]), *args[1:]))
+    model.register_forward_pre_hook(_normalise_hook)
+
+
+def _normalise_hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """At the top level of the module, so that a model can be pickled."""
+    return (normalise(module, args[0]), *args[1:])
 
 
 def _settle(model: nn.Module, in_chans: int) -> None:
@@ -269,12 +274,15 @@ def _read(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return dict(load_tensors(path))
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (
         Exception
     ) as error:  # torch raises UnpicklingError, RuntimeError, EOFError, … for what it does not trust or know
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read as weights without executing pickle: {first}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not weights by name: give a state dict")
+    return state
 
 
 def _unprefixed(state: dict[str, Any]) -> dict[str, Tensor]:
