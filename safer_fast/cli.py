@@ -217,12 +217,12 @@ def _next_folder(parent: Path, name: str, *, resume: bool) -> Path:
 
 
 def _write_sharpness(out: Path, scores: Any, selected: Any) -> None:
-    from .checkpoint import write_json
+    from .checkpoint import write, write_json
     from .plots import plot_sharpness
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "sharpness.json", [scores.as_dict() | {"selected": selected}])
-    plot_sharpness(out / "sharpness.png", scores, selected)
+    write(out / "sharpness.png", plot_sharpness(scores, selected))
     typer.echo(f"wrote {out / 'sharpness.json'} and {out / 'sharpness.png'}")
 
 

@@ -2,17 +2,14 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from .checkpoint import write
 
 INK, ACCENT, QUIET = "#1f2933", "#c2410c", "#94a3b8"
 COLOURS = ("#c2410c", "#1d4ed8", "#047857", "#7c3aed", "#a16207", "#be185d")
 
 
-def plot_sharpness(path: Path, scores: Any, selected: Sequence[str]) -> None:
-    """A bar a layer in model order, its spread over batches, the selected ones marked; written atomically as PNG.
+def plot_sharpness(scores: Any, selected: Sequence[str]) -> bytes:
+    """A bar a layer in model order, its spread over batches, the selected ones marked; the bytes of a PNG.
 
     scores: names, score and std [layers], stability, how (see sharpness.Scores).
     """
@@ -29,11 +26,11 @@ def plot_sharpness(path: Path, scores: Any, selected: Sequence[str]) -> None:
         f"Layer sharpness: {len(chosen)} of {len(values)} selected; rank stability {scores.stability:.2f}", loc="left"
     )
     axes.margins(x=0.01)
-    _save(figure, path)
+    return _png(figure)
 
 
-def plot_curves(path: Path, histories: Mapping[str, Sequence[Mapping[str, Any]]], *, chance: float) -> None:
-    """Held-out accuracy over epochs, clean (dashed) and robust (solid), a colour a method; PNG, atomically."""
+def plot_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], *, chance: float) -> bytes:
+    """Held-out accuracy over epochs, clean (dashed) and robust (solid), a colour a method; the bytes of a PNG."""
     figure, axes = _figure(width=7.5, height=4.6)
     for (name, history), colour in zip(histories.items(), COLOURS, strict=False):
         points = [r for r in history if "held_out_clean" in r]
@@ -53,7 +50,7 @@ def plot_curves(path: Path, histories: Mapping[str, Sequence[Mapping[str, Any]]]
     axes.set_ylim(0, 102)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8, frameon=False, ncols=2)
-    _save(figure, path)
+    return _png(figure)
 
 
 def _boundary(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
@@ -70,7 +67,7 @@ def _figure(*, width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> None:
+def _png(figure: Any) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})
-    write(path, content.getvalue())
+    return content.getvalue()

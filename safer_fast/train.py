@@ -70,7 +70,7 @@ def finetune(
     if (done := run.finished(compare)) is not None:
         return done
     results = {"runs": [run.method(m) for m in [*methods(recipe, compare=compare)]]}
-    plot_curves(out / "curves.png", run.histories, chance=1 / len(run.data.classes))
+    checkpoint.write(out / "curves.png", plot_curves(run.histories, chance=1 / len(run.data.classes)))
     checkpoint.write_json(out / "results.json", results)
     _show(results, recipe, n=len(run.data.test.labels))
     return results
@@ -259,7 +259,7 @@ class _Loop:
         if selection.needs_scores:
             say(f"{self.method.name}: epoch {epoch}, selected {', '.join(record['layers'])}")
             checkpoint.write_json(self.folder / "sharpness.json", self.state["selections"])
-            plot_sharpness(self.folder / "sharpness.png", scores, record["layers"])
+            checkpoint.write(self.folder / "sharpness.png", plot_sharpness(scores, record["layers"]))
         return record["layers"]
 
     def _sharpness(self) -> Scores:
