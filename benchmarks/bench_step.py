@@ -9,20 +9,22 @@ them in turn and prints images/s, ratios, TFLOP/s, share of the counted bound an
 import argparse
 import copy
 import datetime
+import functools
+import gc
 import json
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import safer_fast as sf
 from benchmarks.baselines import PlainStep, StrongStep
-from benchmarks.roofline import step_cost
-from benchmarks.timing import Timing, interleave, paired_ratio
+from benchmarks.roofline import bound, step_cost, step_kernels
+from benchmarks.timing import Timing, ceilings, interleave, paired_ratio
 from safer_fast import ops
 from safer_fast.engine import compile_step
 
@@ -34,15 +36,18 @@ Run = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # (x, y, ids, seed) -> lo
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Runs the benchmark; returns what --json writes."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _options(arguments)
     device = torch.device(options.device)
     model = build_model(options).to(device)
-    layers = options.layers.split(",")
-    variants = {name: VARIANTS[name](copy.deepcopy(model), layers) for name in options.variants.split(",")}
-    batch = make_batch(options, device)
-    agreement = agree({n: v for n, v in variants.items() if n != "full"}, batch, bf16=device.type == "cuda")
-    timings, peaks = measure(variants, batch, options.repeats)
-    result = report(options, model, layers, variants, timings, peaks, agreement)
+    layers, batch = options.layers.split(","), make_batch(options, device)
+    runs, failed = start_all(options, model, layers, batch)
+    agreement = agree({n: r for n, r in runs.items() if n != "full"}, bf16=device.type == "cuda")
+    turns = {name: functools.partial(run.variant.run, *batch, 3) for name, run in runs.items()}
+    timings = interleave(turns, repeats=options.repeats)
+    result = report(options, model, layers, runs, timings) | {
+        "agreement": agreement, "failed": failed, "command": " ".join(["python -m benchmarks.bench_step", *arguments]),
+    }  # fmt: skip
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     return result
@@ -116,76 +121,132 @@ def make_batch(options: argparse.Namespace, device: torch.device) -> Batch:
     return x.to(device), y.to(device), torch.arange(options.batch, device=device)
 
 
-def agree(variants: dict[str, Variant], batch: Batch, *, bf16: bool) -> dict[str, Any]:
+def start_all(
+    options: argparse.Namespace, model: nn.Module, layers: list[str], batch: Batch
+) -> tuple[dict[str, "Started"], dict[str, str]]:
+    """All variants started, and with --keep-going what failed of the rivals, said loudly. Ours may not fail."""
+    runs, failed = {}, {}
+    for name in options.variants.split(","):
+        try:
+            runs[name] = start(VARIANTS[name], model, layers, batch)
+        except Exception as error:
+            if name == "ours" or not options.keep_going:
+                raise
+            failed[name] = f"{type(error).__name__}: {error}"[:2000]
+            print(f"{name} FAILED and is left out: {failed[name]}", file=sys.stderr)
+    return runs, failed
+
+
+class Started(NamedTuple):
+    """A variant after its first steps: their losses, the weights then, and the GPU memory it holds (None on a CPU)."""
+
+    variant: Variant
+    losses: list[float]
+    weights: Tensor
+    peak_bytes: int | None
+
+
+def start(
+    build: Callable[[nn.Module, list[str]], Variant], model: nn.Module, layers: list[str], batch: Batch
+) -> Started:
+    """Builds a variant from the model and takes the steps that `agree` compares: 20 in bf16, 3 in fp32.
+
+    Memory is what the allocator has reserved beyond what it had before, caches emptied after the first step: that
+    counts a CUDA graph's own pool, and none of what compilation took for a while.
+    """
+    cuda = batch[0].is_cuda
+    before = _reserved() if cuda else 0
+    variant = build(copy.deepcopy(model), layers)
+    losses = [float(variant.run(*batch, 1000))]
+    if cuda:
+        _reserved()
+        torch.cuda.reset_peak_memory_stats()
+    losses += [float(variant.run(*batch, 1000 + i)) for i in range(1, 20 if cuda else 3)]
+    peak = torch.cuda.max_memory_reserved() - before if cuda else None
+    return Started(variant, losses, variant.weights(), peak)
+
+
+def _reserved() -> int:
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+def agree(runs: dict[str, Started], *, bf16: bool) -> dict[str, Any]:
     """Same images, draws and start: in fp32 losses and weights of three steps within 1e-5; in bf16 the mean loss of
     twenty within 1 %, since sign attacks part ways in the last bit. Raises AssertionError."""
-    steps = 20 if bf16 else 3
-    losses = {name: [float(v.run(*batch, 1000 + i)) for i in range(steps)] for name, v in variants.items()}
-    first, *others = variants
-    apart = {}
+    first, *others = runs
+    steps, apart = len(runs[first].losses), {}
     for name in others:
+        a, b = runs[name], runs[first]
         if bf16:
-            gap = abs(statistics.mean(losses[name]) / statistics.mean(losses[first]) - 1)
+            gap = abs(statistics.mean(a.losses) / statistics.mean(b.losses) - 1)
             assert gap < 0.01, f"{name} and {first} part: mean loss over {steps} steps differs by {gap:.2%}"
         else:
-            gap = max(
-                *(abs(a - b) for a, b in zip(losses[name], losses[first], strict=True)),
-                float((variants[name].weights() - variants[first].weights()).abs().max()),
-            )
+            losses = max(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True))
+            gap = max(losses, float((a.weights - b.weights).abs().max()))
             assert gap < 1e-5, f"{name} and {first} part: loss or weights differ by {gap:.1e} after {steps} steps"
         apart[name] = gap
     print(f"agreement with {first} over {steps} steps: " + ", ".join(f"{n} {g:.1e}" for n, g in apart.items()))
     return {"steps": steps, "against": first, "gap": apart}
 
 
-def measure(variants: dict[str, Variant], batch: Batch, repeats: int) -> tuple[dict[str, Timing], dict[str, int]]:
-    """Timings of all variants in turn, and the peak of GPU memory of each (0 on a CPU)."""
-    peaks = {}
-    for name, v in variants.items():
-        if batch[0].is_cuda:
-            v.run(*batch, 1)
-            torch.cuda.reset_peak_memory_stats()
-        v.run(*batch, 2)
-        peaks[name] = torch.cuda.max_memory_allocated() if batch[0].is_cuda else 0
-    runs = {name: (lambda v=v: v.run(*batch, 3)) for name, v in variants.items()}
-    return interleave(runs, repeats=repeats), peaks
-
-
 def report(
-    options: argparse.Namespace, model: nn.Module, layers: list[str], variants: dict[str, Variant],
-    timings: dict[str, Timing], peaks: dict[str, int], agreement: dict[str, Any],
+    options: argparse.Namespace, model: nn.Module, layers: list[str], runs: dict[str, Started],
+    timings: dict[str, Timing],
 ) -> dict[str, Any]:  # fmt: skip
     """Prints the table; returns it as plain values."""
     cost = step_cost(model, options.batch, options.img_size, layers, attack_steps=STEPS)
+    limit = limits(options, model, layers, cost.flops / options.batch)
     rows: dict[str, Any] = {}
     for name, timing in timings.items():
+        speed = options.batch / timing.median
         rows[name] = {
-            "images_per_s": options.batch / timing.median, "seconds": timing.median, "spread": timing.spread,
-            "n": len(timing.seconds), "tflops": cost.flops / timing.median / 1e12, "peak_bytes": peaks[name],
-            "note": variants[name].note,
+            "images_per_s": speed, "seconds": timing.median, "spread": timing.spread, "n": len(timing.seconds),
+            "tflops": cost.flops / timing.median / 1e12, "share_of_bound": speed / limit["images_per_s"],
+            "peak_bytes": runs[name].peak_bytes, "note": runs[name].variant.note,
         }  # fmt: skip
         print(
-            f"{name:<24}{rows[name]['images_per_s']:>10,.1f} images/s  ±{timing.spread:.1%}  "
-            f"{rows[name]['tflops']:.3f} TFLOP/s  {variants[name].note}"
+            f"{name:<24}{speed:>10,.1f} images/s  ±{timing.spread:.1%}  {rows[name]['tflops']:.3f} TFLOP/s  "
+            f"{rows[name]['share_of_bound']:.0%} of the bound{_memory(runs[name].peak_bytes)}  {rows[name]['note']}"
         )
-    strong = [n for n in timings if n.startswith("strong")]
-    rivals = {"plain": ["plain"], "full": ["full"], "strong": strong}
-    ratios = {
+    print(f"bound: {limit['images_per_s']:,.0f} images/s ({limit['what']})")
+    ratios = ratios_of(timings)
+    for rival, ratio in ratios.items():
+        print(f"ours is {ratio:.2f}x {rival}")
+    cuda = options.device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "variants": rows, "ratios": ratios, "model": options.model, "img_size": options.img_size,
+        "patch_size": options.patch_size, "batch": options.batch, "layers": layers, "flops": cost.flops,
+        "bound": limit, "tf32": torch.backends.cuda.matmul.allow_tf32, "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+
+
+def limits(options: argparse.Namespace, model: nn.Module, layers: list[str], flops: float) -> dict[str, Any]:
+    """The bound in images/s from ceilings measured here: FLOPs and bytes of the level that ours is at where both are
+    counted (a ViT on a GPU), FLOPs alone elsewhere. flops: of one image."""
+    tflops, gb_per_s = ceilings(options.device)
+    kernels = step_kernels(model, options.img_size, layers, "class-token", attack_steps=STEPS)
+    counted = kernels is not None and options.device.startswith("cuda")
+    speed = bound(kernels, tflops=tflops, gb_per_s=gb_per_s) if counted and kernels else tflops * 1e12 / flops
+    what = "FLOPs and bytes, level class-token" if counted else "FLOPs alone"
+    return {"images_per_s": speed, "what": what, "tflops": tflops, "gb_per_s": gb_per_s}
+
+
+def ratios_of(timings: dict[str, Timing]) -> dict[str, float]:
+    """How many times as fast ours is, paired turn by turn; strong is the faster of its two."""
+    rivals = {"plain": ["plain"], "full": ["full"], "strong": [n for n in timings if n.startswith("strong")]}
+    return {
         rival: min(paired_ratio(timings[n], timings["ours"]) for n in names if n in timings)
         for rival, names in rivals.items()
         if "ours" in timings and any(n in timings for n in names)
     }
-    for rival, ratio in ratios.items():
-        print(f"ours is {ratio:.2f}x {rival}")
-    where = (
-        torch.cuda.get_device_name() if options.device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
-    )
-    return {
-        "device": where, "variants": rows, "ratios": ratios, "model": options.model, "img_size": options.img_size,
-        "patch_size": options.patch_size, "batch": options.batch, "layers": layers, "agreement": agreement,
-        "flops": cost.flops, "command": " ".join(["python -m benchmarks.bench_step", *sys.argv[1:]]),
-        "torch": torch.__version__, "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
+
+
+def _memory(peak: int | None) -> str:
+    return "" if peak is None else f"  {peak / 2**30:.2f} GiB"
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -200,6 +261,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--variants", default="ours,plain,strong,full", help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--repeats", type=int, default=20 if cuda else 5)
+    parser.add_argument("--keep-going", action="store_true", help="leave out rivals that fail, and say so")
     parser.add_argument("--json", help="write the result here")
     options = parser.parse_args(arguments)
     unknown = set(options.variants.split(",")) - set(VARIANTS)

@@ -3,15 +3,15 @@
 `Timing`, `interleave` and `paired_ratio` are the package's own, which `safer-fast bench` times with.
 """
 
-import statistics
 from collections.abc import Callable
 
 import torch
 
+from safer_fast import ops
 from safer_fast.profiling import Timing, clock, interleave, paired_ratio, synchronise
 
 __all__ = [
-    "Timing", "clock", "copy_gb_per_s", "interleave", "matmul_tflops", "paired_ratio", "seconds_of", "synchronise",
+    "Timing", "ceilings", "clock", "copy_gb_per_s", "interleave", "matmul_tflops", "paired_ratio", "seconds_of", "synchronise",
 ]  # fmt: skip
 
 
@@ -60,8 +60,19 @@ def copy_gb_per_s(device: torch.device | str, nbytes: int = 1 << 30) -> float:
 
 
 def matmul_tflops(device: torch.device | str, dtype: torch.dtype, n: int = 8192) -> float:
-    """TFLOP/s of an n×n×n product of random matrices: the rate that a model can be held to."""
+    """TFLOP/s of an n×n×n product of random matrices, the better of PyTorch's product and ours: the rate that a model
+    can be held to."""
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    timing = seconds_of(lambda: torch.mm(a, b, out=out), device=device, calls=3, repeats=10)
-    return 2 * n**3 / statistics.median(timing.seconds) / 1e12
+    best = min(
+        seconds_of(run, device=device, calls=3, repeats=10).median
+        for run in (lambda: torch.mm(a, b, out=out), lambda: ops.linear(a, b, None))
+    )
+    return 2 * n**3 / best / 1e12
+
+
+def ceilings(device: torch.device | str) -> tuple[float, float]:
+    """TFLOP/s of products in the dtype that a step takes here, and GB/s of a copy."""
+    if torch.device(device).type == "cuda":
+        return matmul_tflops(device, torch.bfloat16), copy_gb_per_s(device)
+    return matmul_tflops(device, torch.float32, 1024), copy_gb_per_s(device, 1 << 27)
