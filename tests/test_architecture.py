@@ -131,11 +131,6 @@ def complaint_of_order(me, other):
 
 
 SOURCES = sources()
-# Breaches that are known, each to be mended: the list may only become shorter.
-KNOWN: set[str] = {
-    "plots may not import checkpoint: they stand on one line",
-    "train may not import timm: only models does",
-}
 
 
 def test_there_is_something_to_read():
@@ -149,13 +144,8 @@ def test_every_module_has_its_line():
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: str(s.path.relative_to(ROOT)))
 def test_a_module_imports_only_what_it_may(source):
-    found = sorted(set(complaints(source)) - KNOWN)
+    found = sorted(set(complaints(source)))
     assert not found, "; ".join(found)
-
-
-def test_known_breaches_still_exist():
-    mended = KNOWN - {c for s in SOURCES for c in complaints(s)}
-    assert not mended, f"mended, so take them off the list: {mended}"
 
 
 @pytest.mark.parametrize(

@@ -254,3 +254,16 @@ def test_an_attack_that_leaves_the_threat_model_is_a_bug(task, monkeypatch):
     monkeypatch.setattr(PGD, "__call__", lambda self, model, x, y, ids, seed: (x + 0.2).clamp(0, 1))
     with pytest.raises(AssertionError, match="left the threat model"):
         evaluate(model, x, y, threat=AT, attacks="pgd-1")
+
+
+def test_nothing_left_to_attack(task):
+    """No image right at all, and all fooled before the last attack."""
+    model, x, y = task
+    with torch.no_grad():
+        wrong = (model(x).argmax(1) + 1) % 5
+    report = evaluate(model, x, wrong, threat=AT, attacks="pgd-1,cw-1")
+    assert (report.clean, report.robust) == (0, 0)
+    assert report.interval == (pytest.approx(0, abs=1e-15), pytest.approx(0.02497, abs=1e-5))
+    at = Linf(1.0)
+    report = evaluate(model, x, y, threat=at, attacks="pgd-5,pgd-9,cw-2", batch_size=10)
+    assert report.robust < 0.1
