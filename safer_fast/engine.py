@@ -175,6 +175,11 @@ class FastStep(Step):
                 "compiled",
                 "dropout is active in a trained module, and both passes must draw alike",
             )
+        if self.mode == "captured" and self.optimizer.impl != "fused":
+            self.mode, self.reason = (
+                "compiled",
+                f"the {self.optimizer.impl} optimizer reads its learning rate on the host",
+            )
         self._shadow = self._make_shadow()
         pieces = self._pieces(dropout)
         first = min(segment_of(pieces, name) for name in self.store.layers)
