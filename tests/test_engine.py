@@ -85,6 +85,24 @@ def test_native_equals_eager_in_float32_after_a_reselection(model: nn.Module) ->
     torch.testing.assert_close(whole(fast), whole(slow), rtol=0, atol=1e-5)
 
 
+def test_native_in_threads_is_the_same_step(model: nn.Module) -> None:
+    """The attack runs a part of the batch a thread; modes come back, and the number of threads changes nothing else."""
+    slow, fast = pair(model, LAYERS, "native", torch.float64)
+    fast.model.train()
+    fast.model.blocks[1].eval()
+    modes = [m.training for m in fast.model.modules()]
+    x, y = data(7, dtype=torch.float64)
+    torch.set_num_threads(3)
+    try:
+        for _ in range(2):
+            torch.testing.assert_close(fast(x, y), slow(x, y), rtol=0, atol=1e-11)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+    assert [m.training for m in fast.model.modules()] == modes
+    torch.testing.assert_close(whole(fast), whole(slow), rtol=0, atol=1e-11)
+
+
 def test_native_works_for_other_architectures() -> None:
     torch.manual_seed(0)
     swin = create_model(
