@@ -7,7 +7,7 @@ beyond N, for whole vectors. No mask, no dropout; probs is for the gradient and 
 
     dv = probsᵀ g;   ds = probs (g vᵀ - Σ probs (g vᵀ));   dq = ds k / sqrt(d);   dk = dsᵀ q / sqrt(d)
 
-g [B, N, H d]; dqkv like qkv. It cannot be differentiated again. An image's result does not depend on the other
+g [B, N, H d]; dqkv like qkv. It cannot be differentiated again. In C++ an image's result does not depend on the other
 images, nor on the number of threads. Reads qkv, writes out and probs: 4 (4 H d + H M) bytes a float32 token;
 compute-bound. For the CPU, where F.scaled_dot_product_attention wants q, k and v laid out anew; on a GPU that is
 the faster one.
@@ -46,7 +46,7 @@ def _check_backward(g: Tensor, qkv: Tensor, probs: Tensor) -> None:
     )
     refuse(
         not g.dtype == probs.dtype == qkv.dtype,
-        f"attention_backward: g, qkv and probs are {g.dtype}, {qkv.dtype} and {probs.dtype}; give them one dtype",
+        f"attention_backward: g, qkv, probs are {g.dtype}, {qkv.dtype}, {probs.dtype}; give them one dtype",
     )
 
 
@@ -75,9 +75,7 @@ def reference_backward(g: Tensor, qkv: Tensor, probs: Tensor) -> Tensor:
 
 
 attention = torch.library.custom_op("safer_fast::attention", reference, mutates_args=())
-attention_backward = torch.library.custom_op(
-    "safer_fast::attention_backward", reference_backward, mutates_args=()
-)  # fmt: skip
+attention_backward = torch.library.custom_op("safer_fast::attention_backward", reference_backward, mutates_args=())
 
 
 @attention.register_fake

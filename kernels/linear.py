@@ -9,6 +9,7 @@ only where they are asked for.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -86,13 +87,17 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None)
 
 
+def _rows(t: Tensor) -> Tensor:
+    """[..., n] -> [rows, n]; reshape(-1, n) is ambiguous for n = 0."""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, w = ctx.saved_tensors
     for_x, for_w, for_b = ctx.needs_input_grad
-    rows = g.reshape(-1, g.shape[-1])  # [rows, out]
     dx = linear(g, w.t(), None) if for_x else None
-    dw = linear(rows.t(), x.reshape(-1, x.shape[-1]).t(), None) if for_w else None
-    return dx, dw, rows.sum(0) if for_b else None
+    dw = linear(_rows(g).t(), _rows(x).t(), None) if for_w else None
+    return dx, dw, _rows(g).sum(0) if for_b else None
 
 
 linear.register_autograd(_backward, setup_context=_keep)
