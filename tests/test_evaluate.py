@@ -90,7 +90,9 @@ def test_saved_images_are_the_ones_that_fool(task):
     report, worst = decisions(lambda save: evaluate(model, x, y, threat=AT, attacks="pgd-3", save=save))
     assert AT.excess(worst, x) <= 1e-7
     with torch.no_grad():
-        assert (model(worst).argmax(1) == y).sum().item() / 150 == report.robust
+        right = model(worst).argmax(1) == y
+    assert right.sum().item() / 150 == report.robust
+    assert torch.equal(worst[right], x[right])  # and the clean ones where none was found
 
 
 def test_the_model_sees_one_shape_only(task):
