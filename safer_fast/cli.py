@@ -87,7 +87,9 @@ def evaluate(
     attack: Annotated[str, typer.Option(help="clean, pgd-<steps>, cw-<steps>; several with commas")] = "pgd-20",
     eps: Annotated[str | None, typer.Option(help="budget in [0, 1] pixels, 8/255 say; default: the recipe's")] = None,
     norm: Annotated[str | None, typer.Option(help="Linf or L2; default: the recipe's")] = None,
-    n: Annotated[int | None, typer.Option(min=1, help="so many test images, balanced over classes; default all")] = None,
+    n: Annotated[
+        int | None, typer.Option(min=1, help="so many test images, balanced over classes; default all")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="images queued at a time; does not change the result")] = 512,
     seed: Annotated[int, typer.Option(help="of the attack's draws")] = 0,
     as_json: Annotated[Path | None, typer.Option("--json", help="write the report here")] = None,

@@ -369,7 +369,9 @@ def model_for(recipe: Recipe, data: Dataset, *, weights: str | None = None) -> n
             model(data.train.images[:1].cpu().float() / 255)
     except (AssertionError, RuntimeError) as error:
         size = "×".join(map(str, data.train.images.shape[2:]))
-        raise ValueError(f"{spec.name} does not take the {size} images of {data.name}: {error}; give --img-size and --patch-size") from None
+        raise ValueError(
+            f"{spec.name} does not take the {size} images of {data.name}: {error}; give --img-size and --patch-size"
+        ) from None
     return model
 
 
