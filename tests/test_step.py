@@ -322,7 +322,9 @@ class Poisoned:
 
 @pytest.mark.parametrize("times", [float("nan"), float("inf")])
 @pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize("optimizer", [SGD(lr=0.1), AdamW(lr=0.1)])
+@pytest.mark.parametrize(
+    "optimizer", [SGD(lr=0.1), AdamW(lr=0.1), SGD(lr=0.1, impl="torch"), AdamW(lr=0.1, impl="torch")]
+)
 @pytest.mark.parametrize("sam", [SAM(rho=0.1), SAM(rho=0.1, per_layer=True), SAM(adaptive=True)])
 def test_a_non_finite_gradient_changes_nothing_and_is_counted(vit, images, times, call, optimizer, sam):
     model = vit()
@@ -352,15 +354,16 @@ def test_one_poisoned_layer_is_enough_to_skip(images):
     assert step.skipped == 1
 
 
+@pytest.mark.parametrize("impl", ["fused", "torch"])
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_reselection_keeps_the_state_of_layers_chosen_again(vit, images, kind):
+def test_reselection_keeps_the_state_of_layers_chosen_again(vit, images, kind, impl):
     """Against one torch optimizer a layer: made anew where the layer is new, kept where it was there before."""
     ours, theirs = vit(dtype=torch.float64), vit(dtype=torch.float64)
     a, b, c = "blocks.0.attn.proj", "blocks.0.mlp.fc1", "head"
     if kind == "sgd":
-        optimizer, make = SGD(lr=0.1), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-4)
+        optimizer, make = SGD(lr=0.1, impl=impl), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-4)
     else:
-        optimizer, make = AdamW(lr=0.01), lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.05)
+        optimizer, make = AdamW(lr=0.01, impl=impl), lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.05)
     optimizers = {}
     step = None
     for selection in ([a, b], [b, c], [c, a], [a, b, c]):
@@ -408,7 +411,9 @@ def test_a_refused_reselection_leaves_the_step_working(vit, images):
     assert distance(model, vit()) > 0
 
 
-@pytest.mark.parametrize("optimizer", [SGD(lr=0.1), AdamW(lr=0.01)])
+@pytest.mark.parametrize(
+    "optimizer", [SGD(lr=0.1), AdamW(lr=0.01), SGD(lr=0.1, impl="torch"), AdamW(lr=0.01, impl="torch")]
+)
 @pytest.mark.parametrize("reselect", [False, True])
 def test_state_tensors_continue_to_the_bit(vit, images, optimizer, reselect):
     options = {"attack": PGD(eps=0.1, steps=2), "sam": SAM(rho=0.1), "optimizer": optimizer}
