@@ -108,8 +108,9 @@ VARIANTS: dict[str, Callable[[nn.Module, list[str]], Variant]] = {
 def build_model(options: argparse.Namespace) -> nn.Module:
     """The model at random weights, drawn with a fixed seed."""
     torch.manual_seed(SEED)
+    depth = {"depth": options.depth} if options.depth else {}
     return sf.create_model(
-        options.model, num_classes=options.classes, img_size=options.img_size, patch_size=options.patch_size
+        options.model, num_classes=options.classes, img_size=options.img_size, patch_size=options.patch_size, **depth
     )
 
 
@@ -255,6 +256,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="deit_tiny_patch16_224")
     parser.add_argument("--img-size", type=int, default=32)
     parser.add_argument("--patch-size", type=int, default=4)
+    parser.add_argument("--depth", type=int, help="another number of blocks than the model's own")
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--batch", type=int, default=128 if cuda else 32)
     parser.add_argument("--layers", default=LAYERS, help="selected layers, with commas")
