@@ -117,6 +117,40 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="a timm model")] = "deit_tiny_patch16_224",
+    img_size: Annotated[int, typer.Option(help="pixels")] = 32,
+    patch_size: Annotated[int, typer.Option(help="pixels of a patch")] = 4,
+    batch: Annotated[int | None, typer.Option(help="images a step; default 128 on a GPU, 32 on a CPU")] = None,
+    layers: Annotated[str | None, typer.Option(help="trained layers, with commas; default two late ones")] = None,
+    repeats: Annotated[int | None, typer.Option(help="timed steps; default 20 on a GPU, 5 on a CPU")] = None,
+    modes: Annotated[str | None, typer.Option(help="of eager, native, compiled, captured, with commas")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16")] = "auto",
+    as_json: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
+    nsys: Annotated[bool, typer.Option("--nsys", help="print the lines that profile this with Nsight")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="what those lines run: a few marked steps")] = False,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Throughput of a training step on this machine, in its modes, against plain PyTorch."""
+    from . import bench as benchmark
+    from .checkpoint import write_json
+
+    what = benchmark.Bench(
+        model=model, img_size=img_size, patch_size=patch_size, batch=batch, layers=layers, repeats=repeats,
+        modes=modes, precision=precision, device=device,
+    )  # fmt: skip
+    if nsys:
+        typer.echo("\n".join(benchmark.nsight_commands(what)))
+    elif profile:
+        typer.echo(f"profiled mode {benchmark.profile(what)}")
+    else:
+        result = benchmark.bench(what)
+        if as_json:
+            write_json(as_json, result)
+
+
+@app.command()
 def recipes() -> None:
     """List the named recipes."""
     from .recipes import RECIPES
