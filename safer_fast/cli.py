@@ -193,6 +193,7 @@ class _Loaded:
 def _load(path: str, changes: dict[str, Any], device: str | None) -> _Loaded:
     """A model file or run folder with its recipe: the folder's own, what the file says of itself, or the options."""
     from .data import load_data
+    from .models import load_weights
     from .train import device_named, model_for
 
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
@@ -202,7 +203,13 @@ def _load(path: str, changes: dict[str, Any], device: str | None) -> _Loaded:
     data = load_data(recipe.data.name, recipe.data.dir, limit=recipe.data.limit, holdout=recipe.data.holdout)
     target = device_named(device)
     moved = {name: getattr(data, name).to(target) for name in ("train", "held_out", "test")}
-    return _Loaded(recipe, data._replace(**moved), model_for(recipe, data).to(target))
+    model = model_for(recipe, data)
+    if random := load_weights(model, file):
+        raise ValueError(
+            f"{file} has no {', '.join(random)} for the {len(data.classes)} classes of {data.name}: finetune it on this "
+            "data first, or give the --data that it was trained on"
+        )
+    return _Loaded(recipe, data._replace(**moved), model.to(target))
 
 
 def _recipe_of(file: Path) -> "Recipe":

@@ -246,7 +246,10 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
         return str(value).lower() == "true"
     if hint is str and isinstance(value, (str, int, float)):
         return str(value)
-    raise ValueError(f"{where}={value!r}: expected {'a number' if hint is float else hint.__name__}")
+    raise ValueError(f"{where}={value!r}: expected {_KINDS[hint]}")
+
+
+_KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}
 
 
 def _tuple(item: Any, value: Any, where: str) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from .attacks import PGD
 from .data import Augment
 from .optimizers import AdamW
 from .recipe import Data, Model, Recipe
+from .schedule import Schedule
 from .selection import Selection
 
 
@@ -29,6 +30,7 @@ def quickstart() -> Recipe:
         warmup_epochs=15,
         finetune_lr=5e-4,
         batch_size=32,
+        schedule=Schedule(warmup_steps=0),
     )
 
 

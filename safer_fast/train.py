@@ -5,6 +5,7 @@ resumed run ends with the bits of an undisturbed one.
 """
 
 import json
+import math
 import platform
 import sys
 import time
@@ -30,7 +31,7 @@ from .plots import plot_curves, plot_sharpness
 from .progress import say, table, track
 from .recipe import Recipe
 from .sam import SAM
-from .schedule import eps_factor
+from .schedule import clean_epochs, eps_factor
 from .seeds import mix
 from .selection import Selection
 from .sharpness import Scores, layer_sharpness
@@ -170,7 +171,7 @@ class _Run:
             "name": method.name,
             "clean": {name: reports[name].clean for name in ("best", "last")},
             "robust": {name: reports[name].robust for name in ("best", "last")},
-            "layers": state["selections"][-1]["layers"],
+            "layers": [layers] if isinstance(layers := state["selections"][-1]["layers"], str) else layers,
             "trained_parameters": loop.step.store.w_P.numel(),
             "seconds": round(state["seconds"], 3),
             "n": reports["last"].n,
@@ -205,7 +206,7 @@ class _Loop:
         }  # fmt: skip
         self.batches = -(-len(self.data.train.labels) // self.recipe.batch_size)
         self.saved = self.ticked = time.perf_counter()
-        self.lr = 0.0
+        self.lr = self.eps = 0.0
 
     def run(self) -> Record:
         """Trains to the end of the stage, from the newest checkpoint of it where there is one."""
@@ -285,8 +286,8 @@ class _Loop:
             for batch in todo:
                 at = s["epoch"] + s["batch"] / self.batches
                 torch.manual_seed(mix(key, "dropout", s["batch"]))
-                self.lr = self.step.optimizer.lr * r.schedule.factor(at / self.epochs)
-                value = self.step(*batch, lr=self.lr, eps=r.attack.eps * eps_factor(at, self.warmup), seed=key)
+                self.lr, self.eps = self._rates(at)
+                value = self.step(*batch, lr=self.lr, eps=self.eps, seed=key)
                 loss += value * len(batch.y)
                 hits += self.step.accuracy * len(batch.y)
                 s["batch"] += 1
@@ -298,6 +299,14 @@ class _Loop:
         s["loss"], s["hits"] = float(loss), float(hits)
         return (s["seen"] - before) / (time.perf_counter() - start)
 
+    def _rates(self, epoch: float) -> tuple[float, float]:
+        """Learning rate and eps at a (fractional) epoch of this stage."""
+        schedule, attack = self.recipe.schedule, self.recipe.attack
+        factor = schedule.factor(epoch / self.epochs)
+        if self.stage == "pgd-at":
+            factor *= schedule.rise(round((epoch - clean_epochs(self.warmup)) * self.batches))
+        return self.step.optimizer.lr * factor, attack.eps * eps_factor(epoch, self.warmup)
+
     def _tick(self) -> None:
         """Counts the time since the last tick; what a killed process did after its last checkpoint is not counted."""
         now = time.perf_counter()
@@ -308,8 +317,7 @@ class _Loop:
         s = self.state
         record = {
             "stage": self.stage, "epoch": len(s["history"]), "lr": self.lr,
-            "eps": self.recipe.attack.eps * eps_factor(s["epoch"], self.warmup),
-            "loss": s["loss"] / s["seen"], "train_robust": s["hits"] / s["seen"],
+            "eps": self.eps, "loss": _finite(s["loss"] / s["seen"]), "train_robust": s["hits"] / s["seen"],
         }  # fmt: skip
         s["epoch"] += 1
         if s["epoch"] > self.warmup or s["epoch"] == self.epochs:
@@ -334,7 +342,7 @@ class _Loop:
             f", {k.replace('_', ' ')} {record[k]:.1%}" for k in ("held_out_clean", "held_out_robust") if k in record
         )
         say(
-            f"{self.method.name}: {self.stage} epoch {self.state['epoch']}/{self.epochs}, loss {record['loss']:.3f}, "
+            f"{self.method.name}: {self.stage} epoch {self.state['epoch']}/{self.epochs}, loss {record['loss'] or math.nan:.3f}, "
             f"eps {record['eps']:.4f}, lr {record['lr']:.4g}{held_out}, {record['images_per_s']:,.0f} images/s"
         )
 
@@ -389,6 +397,11 @@ def environment(device: torch.device) -> Record:
         "timm": version("timm"), "python": platform.python_version(), "platform": platform.platform(),
         "command": sys.argv,
     }  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    """None for what JSON cannot say."""
+    return value if math.isfinite(value) else None
 
 
 def _whole(model: nn.Module) -> dict[str, Tensor]:

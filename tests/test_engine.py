@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
 from functorch.compile import make_boxed_func
+from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 from safer_fast.attacks import PGD

@@ -30,7 +30,7 @@ CHANGED = Recipe(
     sharpness=Sharpness("ascent", 0.1, "relative", 3, 100, 10),
     selection=Selection("random", 3, ("blocks.0", "head"), 5, "block", ("re:^a,b",), ("*.x", "[!y]"), 4),
     optimizer=AdamW(1e-5, 0.8, 0.99, 1e-7, 0.0, impl="torch"),
-    schedule=Schedule("cosine", (1 / 3, 2 / 3), 0.3, 0.1),
+    schedule=Schedule("cosine", (1 / 3, 2 / 3), 0.3, 7),
     epochs=9,
     warmup_epochs=2,
     finetune_epochs=4,

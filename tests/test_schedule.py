@@ -15,8 +15,8 @@ def test_the_protocol_drops_at_epochs_35_and_38_of_40():
 def test_cosine_constant_and_warmup():
     assert [Schedule("cosine").factor(p) for p in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0], abs=1e-15)
     assert [Schedule("constant").factor(p) for p in (0, 0.5, 1)] == [1, 1, 1]
-    warm = Schedule("constant", warmup=0.2)
-    assert [warm.factor(p) for p in (0, 0.05, 0.1, 0.2, 0.5)] == pytest.approx([0, 0.25, 0.5, 1, 1])
+    assert [Schedule(warmup_steps=4).rise(s) for s in (-9, -1, 0, 1, 3, 4, 90)] == [1, 1, 0.25, 0.5, 1, 1, 1]
+    assert Schedule(warmup_steps=0).rise(0) == 1
     assert Schedule(milestones=(0.5,), gamma=0.3).factor(0.5) == 0.3
 
 
@@ -33,7 +33,7 @@ def test_eps_is_zero_for_two_thirds_of_the_warm_up_then_rises():
         ({"milestones": (0.9, 0.5)}, "rising fractions"),
         ({"milestones": (35, 38)}, "fractions of the stage"),
         ({"gamma": 0.0}, "gamma=0.0"),
-        ({"warmup": 1.0}, "warmup=1.0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
     ],
 )
 def test_refusals(options, sentence):
