@@ -64,9 +64,14 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def slug() -> str:
+    """The device's name as a part of a file's."""
+    return device_name().lower().replace(" ", "-")
+
+
 def path_of(what: str, folder: Path) -> Path:
     """<date>-<what>-<device>.json"""
-    return folder / f"{datetime.date.today().isoformat()}-{what}-{device_name().lower().replace(' ', '-')}.json"
+    return folder / f"{datetime.date.today().isoformat()}-{what}-{slug()}.json"
 
 
 def run_stage(name: str, folder: Path, *, dry: bool) -> str:
