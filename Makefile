@@ -29,7 +29,7 @@ RESULT = benchmarks/results/$(shell date +%F)
 bench: setup
 	mkdir -p benchmarks/results
 	$(BIN)/python -m benchmarks.bench_step --json $(RESULT)-step-deit-ti-32-$(DEVICE).json
-	$(BIN)/python -m benchmarks.bench_ops --json $(RESULT)-ops-$(DEVICE).json
+	$(BIN)/python -m benchmarks.bench_ops --json $(RESULT)-kernels-$(DEVICE).json
 	$(BIN)/python -m benchmarks.bench_data --json $(RESULT)-data-$(DEVICE).json
 
 DEVICE = $(shell $(BIN)/python -c "from benchmarks.gpu import slug; print(slug())")

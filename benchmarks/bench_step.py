@@ -86,7 +86,9 @@ def baseline(kind: Callable[..., PlainStep], *, every: bool = False, **extra: An
         step = kind(model, None if every else layers, **constants, **extra)
 
         def run(x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor:
-            eps, key = torch.tensor(EPS, device=x.device), torch.tensor(seed, device=x.device)
+            # Filled on the device: torch.tensor(…, device=…) would make the host wait for it.
+            eps = torch.full((), EPS, device=x.device)
+            key = torch.full((), seed, dtype=torch.int64, device=x.device)
             return step(x, y, ops.uniform_start(x, ids, key, eps, 0, 0.0, 1.0) - x)
 
         return Variant(model, layers, run, (kind.__doc__ or "").splitlines()[0])

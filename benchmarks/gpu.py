@@ -1,6 +1,7 @@
 """What a GPU has to show, as independent stages, the most valuable first: make gpu, or
 
     python -m benchmarks.gpu --only ops,agreement --budget 500 --json benchmarks/results
+    python -m benchmarks.gpu --only throughput:vit-b-224
 
 Each stage is a process of its own with a time limit, so that neither an exception nor a hung or poisoned GPU takes the
 others with it. It writes <date>-<stage>-<device>.json row by row, so that a stage cut short keeps what it has. Nothing
@@ -33,9 +34,10 @@ class Record:
 
     def __init__(self, stage: str, folder: Path, *, dry: bool) -> None:
         self.path = path_of(stage, folder)
+        self.part = stage.partition(":")[2]
         self.rows: list[dict[str, Any]] = []
         self.head: dict[str, Any] = {
-            "what": stage, "status": OUT_OF_TIME, "dry": dry, "device": device_name(), "torch": torch.__version__,
+            "what": stage_of(stage), "status": OUT_OF_TIME, "dry": dry, "device": device_name(), "torch": torch.__version__,
             "date": datetime.date.today().isoformat(), "rows": self.rows,
         }  # fmt: skip
         self.write()
@@ -71,7 +73,12 @@ def slug() -> str:
 
 def path_of(what: str, folder: Path) -> Path:
     """<date>-<what>-<device>.json"""
-    return folder / f"{datetime.date.today().isoformat()}-{what}-{slug()}.json"
+    return folder / f"{datetime.date.today().isoformat()}-{what.replace(':', '-')}-{slug()}.json"
+
+
+def stage_of(name: str) -> str:
+    """The stage in `stage` or `stage:part`."""
+    return name.partition(":")[0]
 
 
 def run_stage(name: str, folder: Path, *, dry: bool) -> str:
@@ -81,7 +88,7 @@ def run_stage(name: str, folder: Path, *, dry: bool) -> str:
     record = Record(name, folder, dry=dry)
     start = time.perf_counter()
     try:
-        STAGES[name].run(record, dry)
+        STAGES[stage_of(name)].run(record, dry)
         bad = [row for row in record.rows if row.get("ok") is False]
         status, detail = (FAILED, f"{len(bad)} of {len(record.rows)} rows") if bad else (OK, f"{len(record.rows)} rows")
     except Exception as error:
@@ -124,8 +131,9 @@ def main(arguments: list[str] | None = None) -> int:
         if left < 5:
             found[name] = (NOT_RUN, "the budget is spent")
             continue
-        print(f"{name}: {STAGES[name].what}", flush=True)
-        status = run_apart(name, folder, dry=dry, limit=min(left, STAGES[name].seconds))
+        stage = STAGES[stage_of(name)]
+        print(f"{name}: {stage.what}", flush=True)
+        status = run_apart(name, folder, dry=dry, limit=min(left, stage.seconds))
         found[name] = (status, _detail(path_of(name, folder)))
     return _sum_up(found, folder, dry=dry)
 
@@ -133,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _sum_up(found: dict[str, tuple[str, str]], folder: Path, *, dry: bool) -> int:
     print(f"\n{device_name()}{', in miniature' if dry else ''}, results in {folder}")
     for name, (status, detail) in found.items():
-        print(f"{name:<12} {status:<12} {detail}")
+        print(f"{name:<24} {status:<12} {detail}")
     states = {status for status, _ in found.values()}
     if states & {FAILED, OUT_OF_TIME}:
         return 1
@@ -163,10 +171,10 @@ def _options(arguments: list[str] | None, stages: list[str]) -> argparse.Namespa
     parser.add_argument("--budget", type=float, default=3600, help="seconds for all of them")
     parser.add_argument("--json", help="folder for the results; default benchmarks/results")
     parser.add_argument("--dry", action="store_true", help="in miniature")
-    parser.add_argument("--stage", choices=stages, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.only = options.only.split(",")
-    unknown = set(options.only) - set(stages)
+    unknown = set(map(stage_of, options.only)) - set(stages)
     if unknown:
         parser.error(f"no stage {', '.join(sorted(unknown))}; choose of {', '.join(stages)}")
     return options

@@ -49,7 +49,7 @@ def ops_table(results: Iterable[Result]) -> str:
     """One row an op and device: microseconds, GB/s, share of a copy, against its reference."""
     found = {}
     for result in results:
-        for row in result.get("rows", ()) if result.get("what") in ("ops", "kernels") else ():
+        for row in result.get("rows", ()) if result.get("what") == "kernels" else ():
             if "run" in row:
                 found[result["device"], row["op"]] = row
     head = ["device", "op", "runs as", "µs", "GB/s", "of a copy", "× reference"]

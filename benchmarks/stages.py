@@ -55,7 +55,7 @@ def environment(record: Record, dry: bool) -> None:
         p = torch.cuda.get_device_properties(device)
         record.row(
             name=p.name, capability=f"{p.major}.{p.minor}", multiprocessors=p.multi_processor_count,
-            l2_bytes=p.L2_cache_size, bytes=p.total_memory, cuda=torch.version.cuda,
+            l2_bytes=getattr(p, "L2_cache_size", None), bytes=p.total_memory, cuda=torch.version.cuda,
             cudnn=torch.backends.cudnn.version(),
         )  # fmt: skip
         record.row(
@@ -264,6 +264,7 @@ def _perturbation(model: nn.Module, case: Case, mode: str, precision: str) -> di
     return {"norm_over_rho": norm, "cosine": cosine, "ok": abs(norm - 1) < 0.01 and cosine >= 0.999}
 
 
+CONFIGURATION_SECONDS = 480  # compilation of all variants is most of it
 LATE, EARLY = bench_step.LAYERS, "blocks.1.attn.qkv,blocks.2.mlp.fc1"
 SWIN_LATE = "layers.3.blocks.0.attn.qkv,layers.3.blocks.1.mlp.fc1"
 # name, model, img_size, patch_size, batch, layers
@@ -281,9 +282,17 @@ MINIATURE = [("vit-8", "vit_tiny_patch16_224", 8, 4, 2, "blocks.1.mlp.fc1")]
 def throughput(record: Record, dry: bool) -> None:
     """The step in our fastest mode against the baselines, a configuration a process and a file."""
     variants = "ours,plain" if dry else "ours,plain,strong,strong-reduce-overhead,full"
-    for name, *configuration in MINIATURE if dry else CONFIGURATIONS:
+    for name, *configuration in _chosen(MINIATURE if dry else CONFIGURATIONS, record.part):
         result = _bench_step(configuration, variants, dry=dry, json_path=path_of(f"step-{name}", record.path.parent))
         record.row(configuration=name, **result)
+
+
+def _chosen(configurations: list[Any], part: str) -> list[Any]:
+    """All, or the one asked for by `throughput:<name>`."""
+    chosen = [c for c in configurations if part in ("", c[0])]
+    if not chosen:
+        raise ValueError(f"no configuration {part!r}: choose one of {', '.join(c[0] for c in configurations)}")
+    return chosen
 
 
 def _bench_step(configuration: list[Any], variants: str, *, dry: bool, json_path: Path) -> dict[str, Any]:
@@ -298,9 +307,11 @@ def _bench_step(configuration: list[Any], variants: str, *, dry: bool, json_path
         result = json.loads(json_path.read_text())
         json_path.write_text(json.dumps(result | {"dry": True}, indent=2) + "\n")
     else:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.bench_step", *arguments], stderr=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-m", "benchmarks.bench_step", *arguments]
+        try:
+            done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=CONFIGURATION_SECONDS)
+        except subprocess.TimeoutExpired:
+            return {"ok": False, "error": f"not done after {CONFIGURATION_SECONDS} s"}
         if done.returncode:
             return {"ok": False, "error": done.stderr[-2000:]}
         result = json.loads(json_path.read_text())
@@ -318,9 +329,14 @@ def kernels(record: Record, dry: bool) -> None:
     device = where(dry)
     copied = copy_gb_per_s(device, 1 << 22 if dry else 1 << 30)
     record.row(copy_gb_per_s=copied)
-    how = (1, 2) if dry else (10, 20)
-    for row in bench_ops.rows(device, bench_ops.TINY if dry else None, calls=how[0], repeats=how[1]):
-        record.row(**row, share_of_copy=row["run"]["gb_per_s"] / copied)
+    for op in bench_ops.for_device(device):
+        record.row(**({"op": op.name} | _attempt(_measured, op, device, copied, dry)))
+
+
+def _measured(op: ops.Op, device: torch.device, copied: float, dry: bool) -> dict[str, Any]:
+    how: dict[str, Any] = {"sizes": bench_ops.TINY, "calls": 1, "repeats": 2} if dry else {}
+    row = bench_ops.measure(op, device, **how)
+    return row | {"share_of_copy": row["run"]["gb_per_s"] / copied}
 
 
 def memory(record: Record, dry: bool) -> None:
@@ -372,10 +388,12 @@ def _traced(step: Step, batch: tuple[Tensor, Tensor], n: int) -> tuple[Any, dict
     return read(trace, "kernel" if cuda else "cpu_op"), by_phase(trace, profiling.PHASES, cuda=cuda)
 
 
-# name, batch, heads, tokens, head width
+# name, batch, heads, tokens, queries, head width
 SHAPES = [
-    ("DeiT-Ti 32/4", 128, 3, 65, 64), ("DeiT-Ti 32/4 b1024", 1024, 3, 65, 64), ("ViT-B 32/4", 128, 12, 65, 64),
-    ("DeiT-Ti 224", 128, 3, 197, 64), ("DeiT-S 224", 128, 6, 197, 64), ("ViT-B 224", 128, 12, 197, 64),
+    ("DeiT-Ti 32/4", 128, 3, 65, 65, 64), ("DeiT-Ti 32/4 b1024", 1024, 3, 65, 65, 64),
+    ("ViT-B 32/4", 128, 12, 65, 65, 64), ("DeiT-Ti 224", 128, 3, 197, 197, 64),
+    ("DeiT-S 224", 128, 6, 197, 197, 64), ("ViT-B 224", 128, 12, 197, 197, 64),
+    ("DeiT-Ti 32/4, class token", 128, 3, 65, 1, 64), ("ViT-B 224, class token", 128, 12, 197, 1, 64),
 ]  # fmt: skip
 BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 
@@ -383,35 +401,35 @@ BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 def attention(record: Record, dry: bool) -> None:
     """Each backend of scaled_dot_product_attention by shape: forward and input gradient, from strided q, k, v."""
     device = where(dry)
-    for name, *shape in [("tiny", 2, 2, 5, 8)] if dry else SHAPES:
-        batch, heads, tokens, width = shape
+    for name, *shape in [("tiny", 2, 2, 5, 1, 8)] if dry else SHAPES:
+        batch, heads, tokens, queries, width = shape
         qkv = torch.randn(batch, tokens, 3, heads, width, device=device)
-        exact = _attend(qkv)[0].detach()
+        exact = _attend(qkv, queries)[0].detach()
         low = qkv if dry else qkv.bfloat16()
         for backend in ("default", *(("MATH",) if dry else BACKENDS)):
-            row = _attempt(_timed_attention, low, backend, exact)
+            row = _attempt(_timed_attention, low, queries, backend, exact)
             record.row(shape=name, backend=backend, **(row | {"ok": True, "available": row["ok"]}))
 
 
-def _attend(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Output, and the gradient of a random combination of it with respect to the packed qkv."""
+def _attend(qkv: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+    """Output of the first queries, and the gradient of a combination of it with respect to the packed qkv."""
     qkv = qkv.detach().requires_grad_()
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # views, as they leave the qkv product
-    out = F.scaled_dot_product_attention(q, k, v)
+    out = F.scaled_dot_product_attention(q[:, :, :queries], k, v)
     return out, torch.autograd.grad(out, qkv, out.detach())[0]
 
 
-def _timed_attention(qkv: Tensor, backend: str, exact: Tensor) -> dict[str, Any]:
+def _timed_attention(qkv: Tensor, queries: int, backend: str, exact: Tensor) -> dict[str, Any]:
     def both() -> tuple[Tensor, Tensor]:
         if backend == "default":
-            return _attend(qkv)
+            return _attend(qkv, queries)
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            return _attend(qkv)
+            return _attend(qkv, queries)
 
     error = float((both()[0].detach().double() - exact.double()).norm() / exact.double().norm())
     timing = seconds_of(both, device=qkv.device, calls=5, repeats=10)
     batch, tokens, _, heads, width = qkv.shape
-    flops = 7 * 2 * batch * heads * tokens**2 * width  # two products forward, five backward
+    flops = 7 * 2 * batch * heads * queries * tokens * width  # two products forward, five backward
     return {
         "us": timing.median * 1e6, "spread": timing.spread, "tflops": flops / timing.median / 1e12,
         "relative_error": error,
@@ -436,8 +454,8 @@ STAGES = {
     "agreement": Stage("eager = compiled = captured", 600, agreement),
     "throughput": Stage("images/s against the baselines", 1500, throughput),
     "kernels": Stage("microseconds and GB/s of each op", 240, kernels),
-    "memory": Stage("peak memory of each variant alone", 900, memory),
     "profile": Stage("top kernels and gaps", 300, profile),
     "attention": Stage("attention backends by shape", 240, attention),
+    "memory": Stage("peak memory of each variant alone", 900, memory),
     "training": Stage("a training run by the command", 600, training),
 }

@@ -15,10 +15,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-def seconds_of(run: Callable[[], object], *, device: torch.device | str, calls: int = 10, repeats: int = 20) -> Timing:
+def seconds_of(
+    run: Callable[[], object], *, device: torch.device | str, calls: int = 10, repeats: int = 20, graph: bool = True
+) -> Timing:
     """Seconds of one call, `repeats` times. On a GPU `calls` of them are replayed as one graph, so that no host time
-    comes between them; on a CPU they follow each other."""
-    if torch.device(device).type == "cuda":
+    comes between them; on a CPU, and with graph=False, they follow each other on a synchronised clock."""
+    if torch.device(device).type == "cuda" and graph:
         return _replayed(run, calls, repeats)
     run()
     return Timing([clock(lambda: [run() for _ in range(calls)]) / calls for _ in range(repeats)])
