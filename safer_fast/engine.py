@@ -217,9 +217,9 @@ class FastStep(Step):
     def _bf16_copy(self) -> list[Any]:
         dtype = DTYPES[self.precision]
         self.compute = copy.deepcopy(self.model)
-        for tensor in (*self.compute.parameters(), *self.compute.buffers()):
-            keep = tensor is self.compute.pixel_mean or tensor is self.compute.pixel_std  # pixels stay fp32
-            tensor.data = tensor.data if keep or not tensor.is_floating_point() else tensor.data.to(dtype)
+        tensors = (*self.compute.named_parameters(), *self.compute.named_buffers())
+        for tensor in (t for name, t in tensors if t.is_floating_point() and not name.startswith("pixel_")):
+            tensor.data = tensor.data.to(dtype)  # the pixels' mean and deviation stay fp32, as the pixels do
         self.params = [self.compute.get_parameter(name) for name in self.store.names]
         self.copy_P = self.store.w_P.to(dtype)
         self._e_copy_P = torch.zeros_like(self.copy_P)
@@ -260,6 +260,9 @@ class FastStep(Step):
         clean = not isinstance(self.loss, CrossEntropy)  # TRADES and MART look at the clean images too
         with torch.no_grad(), eval_mode(self.compute), only_grad(self.compute, ()), self._autocast():
             return [p._replace(x_adv=self._prefix(p.x_adv), x=self._prefix(p.x) if clean else p.x) for p in batch]
+
+    def _dropout_draw(self) -> Tensor | None:
+        return None if self.mode == "captured" else super()._dropout_draw()  # captured has no dropout, see _use
 
     def _moved(self) -> AbstractContextManager[None]:
         if self._shadow is None:

@@ -214,11 +214,13 @@ class Step:
     def _moved(self) -> AbstractContextManager[None]:
         return moved(self.store.w_P, self._e_P)
 
-    def _dropout_draw(self) -> Tensor:
+    def _dropout_draw(self) -> Tensor | None:
         cuda = self.device.type == "cuda"
         return torch.cuda.get_rng_state(self.device) if cuda else torch.get_rng_state()
 
-    def _repeat_dropout(self, draw: Tensor) -> None:
+    def _repeat_dropout(self, draw: Tensor | None) -> None:
+        if draw is None:
+            return
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(draw, self.device)
         else:
