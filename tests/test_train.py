@@ -137,7 +137,7 @@ def test_the_log_tells_of_every_epoch(run):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in log] == [0, 1, 2, 3, 4]
     assert [r["stage"] for r in log] == ["pgd-at"] * 3 + ["finetune"] * 2
-    assert [r["eps"] for r in log] == pytest.approx([0, 0, 0.05, 0.05, 0.05])  # at the start of each
+    assert [r["eps"] for r in log] == pytest.approx([0, 0.025, 0.05, 0.05, 0.05])  # at the last batch of each
     # 3 batches an epoch: the last of the 9 steps of stage 1 begins at 8/9 of it, past 7/8; of stage 2 at 5/6.
     assert [r["lr"] for r in log] == pytest.approx([0.1, 0.1, 0.01, 0.02, 0.02])
     held_out = [r.get("held_out_robust") for r in log]
