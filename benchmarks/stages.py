@@ -375,7 +375,7 @@ def _traced(step: Step, batch: tuple[Tensor, Tensor], n: int) -> tuple[Any, dict
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     profiling.enable(record_function)
     try:
-        with profiler(activities=activities) as traced:
+        with profiler(activities=activities, acc_events=True) as traced:  # torch 2.11 warns of the default
             for i in range(n):
                 step(*batch, seed=i)
             profiling.synchronise()
