@@ -139,7 +139,8 @@ def test_the_log_tells_of_every_epoch(run):
     assert [r["stage"] for r in log] == ["pgd-at"] * 3 + ["finetune"] * 2
     assert [r["eps"] for r in log] == pytest.approx([0, 0.025, 0.05, 0.05, 0.05])  # at the last batch of each
     # 3 batches an epoch: the last of the 9 steps of stage 1 begins at 8/9 of it, past 7/8; of stage 2 at 5/6.
-    assert [r["lr"] for r in log] == pytest.approx([0.1, 0.1, 0.01, 0.02, 0.02])
+    # The clean start ends with step 3; from step 4 on the rate rises by 1/300 of itself a step.
+    assert [r["lr"] for r in log] == pytest.approx([0.1, 0.1 * 2 / 300, 0.01 * 5 / 300, 0.02, 0.02])
     held_out = [r.get("held_out_robust") for r in log]
     assert held_out[:2] == [None, None]
     stage2 = held_out[3:]
