@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import baselines, bench_data, bench_ops, bench_step, gpu, report, roofline, stages, timing, trace
-from safer_fast import bench, ops, profiling
+from safer_fast import bench, cli, ops, profiling
 from safer_fast.engine import compile_step
 
 STEP = ["--model", "vit_tiny_patch16_224", "--img-size", "8", "--batch", "2", "--depth", "2", "--repeats", "2",
@@ -223,6 +223,19 @@ def test_nsight_lines_run_this_very_configuration():
     assert systems.endswith("safer-fast bench --model 'deit small' --batch 64 --profile")
     assert "--nvtx-include attack/" in compute
     assert "--modes compiled --profile" in compute
+
+
+def test_the_command_measures_and_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "bench", lambda what: {"batch": what.batch})
+    for arguments in (["--json", str(tmp_path / "bench.json"), "--batch", "3"], ["--nsys"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["bench", *arguments])
+        assert end.value.code == 0
+    assert json.loads((tmp_path / "bench.json").read_text()) == {"batch": 3}
+    assert "nsys profile" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", "--profile", "--device", "cpu"])
+    assert end.value.code == 2
 
 
 # --- the GPU run, in miniature
