@@ -46,6 +46,8 @@ def create_model(
         raise ValueError(f"no model {name!r} in timm {timm.__version__}; " + _near(near))
     sizes = {"img_size": img_size, "patch_size": patch_size}
     given = {key: value for key, value in sizes.items() if value is not None} | kwargs
+    # Swin's attention is only fused on request; where it is not possible timm falls back by itself.
+    timm.layers.set_fused_attn(True, experimental=True)
     try:
         model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_chans, **given)
     except (TypeError, AssertionError, ValueError) as error:
@@ -206,8 +208,7 @@ def segment_of(pieces: Sequence[Segment], layer: str) -> int:
 
 def _vit_segments(model: Any) -> list[Segment]:
     def embed(x: Tensor) -> Tensor:
-        x = normalise(model, x).to(model.patch_embed.proj.weight.dtype)  # pixels stay fp32 where weights are bf16
-        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+        return model.norm_pre(model.patch_drop(model._pos_embed(_patches(model, x))))
 
     def head(x: Tensor) -> Tensor:
         return model.forward_head(model.norm(x))
@@ -217,7 +218,7 @@ def _vit_segments(model: Any) -> list[Segment]:
 
 
 def _swin_segments(model: Any) -> list[Segment]:
-    pieces = [Segment("embed", ("patch_embed",), lambda x: model.patch_embed(normalise(model, x)))]
+    pieces = [Segment("embed", ("patch_embed",), lambda x: _patches(model, x))]
     for i, stage in enumerate(model.layers):
         pieces.append(Segment(f"layers.{i}.downsample", (f"layers.{i}.downsample",), stage.downsample))
         pieces += _children(stage.blocks, f"layers.{i}.blocks")
@@ -226,7 +227,7 @@ def _swin_segments(model: Any) -> list[Segment]:
 
 def _convit_segments(model: Any) -> list[Segment]:
     def embed(x: Tensor) -> Tensor:
-        x = model.patch_embed(normalise(model, x))
+        x = _patches(model, x)
         return model.pos_drop(x + model.pos_embed if model.use_pos_embed else x)
 
     def with_class_token(x: Tensor) -> Tensor:
@@ -239,6 +240,11 @@ def _convit_segments(model: Any) -> list[Segment]:
 
 def _children(blocks: Iterable[Any], prefix: str) -> list[Segment]:
     return [Segment(f"{prefix}.{i}", (f"{prefix}.{i}",), block) for i, block in enumerate(blocks)]
+
+
+def _patches(model: Any, x: Tensor) -> Tensor:
+    """The embedded patches of normalised pixels, which stay fp32 until then also where weights are bf16."""
+    return model.patch_embed(normalise(model, x).to(next(model.patch_embed.parameters()).dtype))
 
 
 def normalise(model: nn.Module, x: Tensor) -> Tensor:
