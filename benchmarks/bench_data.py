@@ -23,6 +23,7 @@ from torchvision import transforms
 
 from benchmarks.timing import interleave, paired_ratio
 from safer_fast.data import Augment, Split, batches
+from safer_fast.profiling import hardware
 
 PAD = 4
 
@@ -99,9 +100,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for name, row in rows.items():
         print(f"{name:<24}{row['images_per_s']:>12,.0f} images/s  ±{row['spread']:.1%}")
     print(f"ours is {ratio:.1f}x the better of plain")
-    cuda = device.type == "cuda"
     result = {
-        "what": "data", "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "what": "data", "device": hardware(device),
         "variants": rows, "ratios": {"plain": ratio}, "images": options.images, "img_size": options.img_size,
         "batch": options.batch, "torch": torch.__version__, "date": datetime.date.today().isoformat(),
     }  # fmt: skip

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.timing import copy_gb_per_s, seconds_of, synchronise
 from safer_fast import ops
+from safer_fast.profiling import hardware
 
 Arguments = tuple[Any, ...]
 # Norms add up in another order than the reference's; a product in float32 likewise. TF32 is off.
@@ -218,7 +219,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         found.append(row)
         print(line(row))
     result = {
-        "what": "kernels", "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "what": "kernels", "device": hardware("cuda" if cuda else "cpu"),
         "copy_gb_per_s": copied, "rows": found, "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip

@@ -27,6 +27,7 @@ from benchmarks.roofline import bound, step_cost, step_kernels
 from benchmarks.timing import Timing, ceilings, interleave, paired_ratio
 from safer_fast import ops
 from safer_fast.engine import compile_step
+from safer_fast.profiling import hardware
 
 SEED, EPS, ALPHA, STEPS, RHO, LR, MOMENTUM = 0, 8 / 255, 2 / 255, 10, 0.05, 0.01, 0.9
 LAYERS = "blocks.8.mlp.fc1,blocks.10.attn.qkv"
@@ -217,9 +218,8 @@ def report(
     ratios = ratios_of(timings)
     for rival, ratio in ratios.items():
         print(f"ours is {ratio:.2f}x {rival}")
-    cuda = options.device.startswith("cuda")
     return {
-        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "device": hardware(options.device),
         "variants": rows, "ratios": ratios, "model": options.model, "img_size": options.img_size,
         "patch_size": options.patch_size, "batch": options.batch, "layers": layers, "flops": cost.flops,
         "bound": limit, "tf32": torch.backends.cuda.matmul.allow_tf32, "torch": torch.__version__,

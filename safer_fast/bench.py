@@ -19,7 +19,7 @@ from .engine import choose_mode, compile_step
 from .layers import candidate_layers
 from .models import create_model
 from .optimizers import SGD
-from .profiling import Timing, interleave, paired_ratio
+from .profiling import Timing, hardware, interleave, paired_ratio
 from .progress import say, table
 from .sam import SAM
 from .seeds import mix
@@ -201,7 +201,7 @@ def _result(
 ) -> dict[str, Any]:
     size, first = len(batch[1]), next(iter(steps))
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": hardware(device),
         "variants": {
             mode: {
                 "images_per_s": size / t.median, "spread": t.spread, "seconds": t.median, "n": len(t.seconds),

@@ -7,10 +7,12 @@ In a captured step they are seen while it is captured, not when it is replayed; 
 """
 
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -113,3 +115,19 @@ def synchronise() -> None:
 
 if os.environ.get("SAFER_FAST_NVTX", "") not in ("", "0"):
     enable()
+
+
+def hardware(device: torch.device | str) -> str:
+    """What computes: the GPU's name, or processor, instruction set and threads, on which a CPU's ratios depend."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -28,6 +28,7 @@ from .models import create_model
 from .modes import eval_mode
 from .optimizers import Optimizer
 from .plots import plot_curves, plot_sharpness
+from .profiling import hardware
 from .progress import say, table, track
 from .recipe import Recipe
 from .sam import SAM
@@ -391,9 +392,8 @@ def describe(recipe: Recipe, data: Dataset) -> Record:
 
 def environment(device: torch.device) -> Record:
     """Versions and hardware."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "device": str(device), "hardware": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "device": str(device), "hardware": hardware(device), "torch": torch.__version__,
         "timm": version("timm"), "python": platform.python_version(), "platform": platform.platform(),
         "command": sys.argv,
     }  # fmt: skip
