@@ -335,7 +335,9 @@ class _Loop:
         report = self.run_.evaluate(f"{self.method.name}: held out", self.data.held_out, self.recipe.select_by)
         if report.robust > self.state["best"]["robust"]:
             self.state["best"] = {"epoch": epoch, "robust": report.robust}
-            checkpoint.save_tensors(self.folder / "best.safetensors", _whole(self.model))
+            checkpoint.save_tensors(
+                self.folder / "best.safetensors", _whole(self.model), describe(self.recipe, self.data)
+            )
         return {"held_out_clean": report.clean, "held_out_robust": report.robust}
 
     def _say(self, record: Record) -> None:
