@@ -81,7 +81,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest complete checkpoint of that name, or None where there is none.
+    """A complete checkpoint of that name, the settled one first, or None where there is none.
 
     After a crash between two renames it may lie under the temporary name; a damaged one is passed over if another
     is whole, else Corrupt is raised.

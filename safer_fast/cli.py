@@ -172,7 +172,7 @@ def show(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Bad input ends with one sentence and code 2; --debug shows where it was found."""
+    """Entry point. Bad input ends with one sentence and code 2, diverged weights with code 1; --debug: the traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         app(arguments)
@@ -181,6 +181,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         typer.echo(f"safer-fast: {_sentence(error)}", err=True)
         raise SystemExit(2) from None
+    except ArithmeticError as error:
+        if "--debug" in arguments:
+            raise
+        typer.echo(f"safer-fast: {error}", err=True)
+        raise SystemExit(1) from None
 
 
 class _Loaded:

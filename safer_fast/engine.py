@@ -55,13 +55,15 @@ def compile_step(
     precision: str = "auto",
     mode: str = "auto",
     seed: int = 0,
+    batch: int | None = None,
 ) -> Step:
     """A training step, as fast as this machine allows: loss = step(images, labels). Arguments as in `Step`.
 
     precision: "fp32", "bf16", "fp16" or "auto" (bf16 on a GPU that has it, else fp32). mode: "eager", "native" (CPU),
     "compiled", "captured" (one CUDA graph), or "auto", the fastest that works here; `step.mode` and `step.reason`
-    tell which. Where something is compiled, the first call does it (a minute or two) for the shape of its batch; a
+    tell which. batch: images of the usual call; by default those of the first. Where something is compiled, the first call does it (a minute or two) for the shape of its batch; a
     batch of another shape, such as a short last one, runs eagerly. A schedule's values recompile nothing.
+    In bf16 it computes with a copy: who changes the model's frozen weights calls `step.load_state_tensors` afterwards.
     Raises ValueError for a mode or precision that cannot be had, with the reason.
     """
     device = next(model.parameters()).device
@@ -75,7 +77,7 @@ def compile_step(
         step = Step(model, layers, **options)
         step.mode, step.reason = choice.mode, choice.reason
         return step
-    return FastStep(model, layers, choice=choice, **options)
+    return FastStep(model, layers, choice=choice, batch=batch, **options)
 
 
 def compile_attack(model: nn.Module, attack: PGD, *, mode: str = "auto") -> Callable[..., Tensor]:
@@ -144,8 +146,11 @@ def _impossible(mode: str, device: torch.device) -> str:
 class FastStep(Step):
     """`Step`, compiled and perhaps captured. The first batch decides the shape; others run eagerly."""
 
-    def __init__(self, model: nn.Module, layers: str | Iterable[str], *, choice: Choice, **options: Any) -> None:
-        self._shape: torch.Size | None = None
+    def __init__(
+        self, model: nn.Module, layers: str | Iterable[str], *, choice: Choice, batch: int | None = None, **options: Any
+    ) -> None:
+        self._batch = batch
+        self._kind: tuple[Any, ...] | None = None
         self._graph: _Graph | None = None
         self._fast = False
         self._iterate: Callable[..., Tensor] | None = None
@@ -153,8 +158,9 @@ class FastStep(Step):
         super().__init__(model, layers, **options)
 
     def __call__(self, images: Tensor, labels: Tensor, ids: Tensor | None = None, **schedule: Any) -> Tensor:
-        self._shape = self._shape or images.shape
-        usual = images.shape == self._shape and len(images) % self.accumulate == 0
+        kind = (images.shape[1:], labels.shape[1:], labels.dtype)
+        self._batch, self._kind = self._batch or len(images), self._kind or kind
+        usual = len(images) == self._batch and kind == self._kind and len(images) % self.accumulate == 0
         self._fast = usual or self.mode == "native"
         return super().__call__(images, labels, ids, **schedule)
 
@@ -162,8 +168,11 @@ class FastStep(Step):
         """As in Step; a captured graph is captured anew."""
         super().load_state_tensors(tensors)
         self._graph = None
-        if self.copy_P is not None:
-            self.copy_P.copy_(self.store.w_P)
+        if self._shadow is not None:  # the frozen weights may have been loaded since it was made
+            own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+            with torch.no_grad():
+                for name, t in (*self.compute.named_parameters(), *self.compute.named_buffers()):
+                    t.copy_(own[name])
 
     def _use(self, layers: str | Iterable[str]) -> None:
         """Beside the store: the model that computes, cut at the first selected segment."""
@@ -194,7 +203,10 @@ class FastStep(Step):
         plain = self.mode == "native" and self.precision == "fp32" and not dropout
         attention = _attention if plain else None
         pieces = segments(self.compute, class_token_only=not dropout, attention=attention)
-        return pieces if self._shadow is None else [*pieces, Segment("logits", (), Tensor.float)]
+        if self._shadow is None:
+            return pieces
+        head = pieces[-1].forward
+        return [*pieces[:-1], pieces[-1]._replace(forward=lambda x: head(x).float())]
 
     def _choose_iteration(self) -> None:
         """A re-selection keeps what was compiled for the attack, unless the computing model is another one."""
@@ -367,13 +379,16 @@ class _OneDNN(TorchFunctionMode):
 def in_threads(run: Callable[..., Tensor], *batch: Tensor) -> Tensor:
     """run(*batch) with the batch cut into one part a CPU thread, each computing alone: no thread waits at the end of
     every operator. Exact where images do not mix. What `run` changes in the model has to be set before."""
-    n = min(torch.get_num_threads(), len(batch[0]))
+    threads = torch.get_num_threads()
+    n = min(threads, len(batch[0]))
     if n == 1:
         return run(*batch)
     parts = zip(*(t.tensor_split(n) for t in batch), strict=True)
-    with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        results = [future.result() for future in [pool.submit(run, *part) for part in parts]]
-    torch.set_num_threads(n)  # MKL knows one number for the whole process
+    try:
+        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            results = [future.result() for future in [pool.submit(run, *part) for part in parts]]
+    finally:
+        torch.set_num_threads(threads)  # MKL knows one number for the whole process
     return torch.cat(results)
 
 

@@ -225,5 +225,5 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _precision(device: torch.device) -> str:
-    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    tf32 = device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
     return "tf32" if tf32 else "fp32"

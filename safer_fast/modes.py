@@ -39,4 +39,4 @@ def only_grad(model: nn.Module, params: Iterable[nn.Parameter]) -> Iterator[None
 def has_dropout(model: nn.Module, names: Iterable[str]) -> bool:
     """Whether a named module, or one inside it, would draw random numbers in train mode."""
     modules = (m for name in names for m in model.get_submodule(name).modules())
-    return any(getattr(m, "p", 0) or getattr(m, "drop_prob", 0) for m in modules if "Drop" in type(m).__name__)
+    return any(getattr(m, p, 0) for m in modules if "Drop" in type(m).__name__ for p in ("p", "drop_prob", "prob"))

@@ -89,9 +89,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < (1 if self.start or self.finetune_epochs == 0 else 2):
+        if self.epochs < (1 if self.start else 2):
             raise ValueError(f"epochs={self.epochs}: give at least 2, one for each stage; with --from 1 is enough")
-        if self.finetune_epochs is not None and not 0 <= self.finetune_epochs <= self.epochs:
+        if self.finetune_epochs is not None and not 1 <= self.finetune_epochs <= self.epochs:
             raise ValueError(f"finetune_epochs={self.finetune_epochs}: it is a part of the {self.epochs} epochs")
         if not 0 <= self.warmup_epochs <= self.stage1_epochs and not self.start:
             raise ValueError(

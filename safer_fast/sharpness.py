@@ -122,7 +122,7 @@ def layer_sharpness(
     x [B, C, H, W] in [0, 1]; attack None measures the clean loss. how: a `Sharpness`; rho overrides its radius.
     layers: {name: parameter names}, default all Linear and Conv2d. The model ends bit for bit as it was.
     advance: called with the number of images of each batch done.
-    Raises ValueError when the loader is empty.
+    Raises ValueError when the loader is empty, ArithmeticError when a score is not finite.
     """
     how = how or Sharpness()
     if rho is not None:
@@ -139,7 +139,14 @@ def layer_sharpness(
             advance(len(x))
     if not rows:
         raise ValueError("no batches to measure sharpness on: the loader is empty")
-    return Scores(tuple(layers), torch.stack(rows).cpu(), how)
+    scores = torch.stack(rows).cpu()
+    wrong = [name for name, column in zip(layers, scores.T, strict=True) if not bool(torch.isfinite(column).all())]
+    if wrong:
+        raise ArithmeticError(
+            f"the loss is not finite when {', '.join(wrong[:3])} moves: the weights have diverged; lower the learning "
+            "rate, or go on from an earlier checkpoint"
+        )
+    return Scores(tuple(layers), scores, how)
 
 
 def _batch_scores(model: nn.Module, layers: Layers, x_adv: Tensor, y: Tensor, how: Sharpness) -> Tensor:

@@ -182,7 +182,7 @@ class Step:
             return self.attack(self.compute, x, y, ids, seed=self._seed, eps=self._eps)
 
     def _gradient(self, batch: list[MicroBatch], *, measure: bool = False) -> tuple[Tensor, Tensor]:
-        """The loss and its gradient [P], summed over the micro-batches, both still scaled in fp16."""
+        """The loss and its gradient [P], summed over the micro-batches, the gradient still scaled in fp16."""
         loss = torch.zeros((), dtype=self.store.w_P.dtype, device=self.device)
         g_P = torch.zeros_like(self.store.w_P)
         correct = torch.zeros((), device=self.device)

@@ -235,6 +235,7 @@ class _Loop:
         step = compile_step(
             self.model, layers, attack=attack, sam=self.method.sam, optimizer=optimizer, loss=r.loss, clip=r.clip,
             accumulate=r.accumulate, precision=r.precision, mode=r.mode, seed=r.seed,
+            batch=min(r.batch_size, len(self.data.train.labels)),
         )  # fmt: skip
         self.run_.announce(step)
         return step
@@ -246,7 +247,7 @@ class _Loop:
         layers = self._choose(epoch)
         if epoch == 0:
             self.step = self._new_step(layers)
-        else:
+        elif layers != self.state["selections"][-2]["layers"]:  # the same again would compile everything anew
             self.step.select(layers)
 
     def _choose(self, epoch: int) -> list[str] | str:
@@ -276,6 +277,8 @@ class _Loop:
         """The rest of an epoch; returns images/s."""
         s, r = self.state, self.recipe
         start, before = time.perf_counter(), s["seen"]
+        if s["batch"]:  # resumed within the epoch, perhaps after its last batch
+            self.lr, self.eps = self._rates(s["epoch"] + (s["batch"] - 1) / self.batches)
         key = mix(r.seed, self.stage, s["epoch"])
         todo = batches(
             self.data.train, r.batch_size, seed=mix(r.seed, self.stage), epoch=s["epoch"], augment=r.data.augment,

@@ -227,6 +227,33 @@ def test_bf16_computes_with_copies_and_trains_masters(model: nn.Module) -> None:
         assert name.rpartition(".")[0] in LAYERS or torch.equal(p, before[name])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_head_alone_can_be_trained(model: nn.Module, precision: str) -> None:
+    options = {"choice": Choice("native", "test"), "precision": precision, "optimizer": SGD(lr=0.1)}
+    step = FastStep(copy.deepcopy(model), ["head"], attack=PGD(eps=0.1, steps=2), **options)
+    x, y = data()
+    losses = [float(step(x, y)) for _ in range(6)]
+    assert losses[-1] < losses[0]
+
+
+def test_loading_a_state_refreshes_the_bf16_copy(model: nn.Module) -> None:
+    options = {"choice": Choice("native", "test"), "precision": "bf16", "attack": None}
+    step = FastStep(copy.deepcopy(model), LAYERS, **options)
+    other = {name: t + 0.1 for name, t in model.state_dict().items()}
+    step.model.load_state_dict(other)
+    step.load_state_tensors(step.state_tensors())
+    for name, t in step.compute.state_dict().items():
+        assert torch.equal(t, other[name].to(t.dtype)), name
+
+
+def test_the_usual_batch_can_be_told(model: nn.Module) -> None:
+    """A run resumed at its short last batch must not take that one for the usual shape."""
+    step = FastStep(copy.deepcopy(model), LAYERS, choice=Choice("compiled", "test"), attack=None, batch=6)
+    x, y = data()
+    step(x[:4], y[:4])
+    assert not step._fast
+
+
 def test_bf16_without_a_shadow_says_so(model: nn.Module) -> None:
     step = FastStep(copy.deepcopy(model), "everything", choice=Choice("native", "test"), precision="bf16", attack=None)
     assert "autocast" in step.reason

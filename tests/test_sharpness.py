@@ -300,3 +300,11 @@ def test_refusals(vit):
     ):
         with pytest.raises(ValueError, match=sentence):
             Sharpness(**options)
+
+
+def test_diverged_weights_are_said_not_ranked(vit, images):
+    model = vit()
+    with torch.no_grad():
+        model.get_parameter("blocks.1.mlp.fc1.weight")[0, 0] = torch.nan
+    with pytest.raises(ArithmeticError, match="weights have diverged"):
+        layer_sharpness(model, [images(4)], attack=None)

@@ -22,6 +22,7 @@ STARTS = ("uniform", "gaussian", "none")
 # Streams of the keyed generator: each restart has its own eight.
 _UNIFORM, _RADIUS, _NORMAL_A, _NORMAL_B = range(4)
 _STREAMS = 8
+_INSIDE = 1 - 2.0**-20  # of the L2 radius: what is drawn stays inside the ball after rounding to float32
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ class PGD:
             if self.norm == "Linf":
                 noise = noise.clamp(-eps, eps)
             else:
-                noise = noise * (eps / noise.flatten(1).norm(dim=1)).clamp(max=1).view(-1, 1, 1, 1)
+                length = noise.double().flatten(1).norm(dim=1)
+                noise = noise * (_INSIDE * eps / length).clamp(max=1).to(x.dtype).view(-1, 1, 1, 1)
             return (x + noise).clamp_(0, 1)
         if self.norm == "Linf":
             return ops.uniform_start(x, ids, seed, eps, stream + _UNIFORM, 0.0, 1.0)
@@ -152,8 +154,8 @@ class PGD:
         """Uniform in the L2 ball: a normal direction, and a radius eps · u^(1/d)."""
         direction = _normal(x, ids, seed, stream).flatten(1)
         u = _uniform(x[:, :1, :1, :1], ids, seed, stream + _RADIUS).flatten(1)
-        radius = eps * u ** (1 / direction.shape[1])
-        delta = direction * (radius / direction.norm(dim=1, keepdim=True))
+        radius = _INSIDE * eps * u.double() ** (1 / direction.shape[1])
+        delta = direction * (radius / direction.double().norm(dim=1, keepdim=True)).to(x.dtype)
         return (x + delta.view_as(x)).clamp_(0, 1)
 
 
