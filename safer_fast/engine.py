@@ -11,6 +11,7 @@ SAM's perturbation stays a tensor of its own (see perturbed).
 
 import copy
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -32,6 +33,7 @@ from .sam import SAM
 from .step import DTYPES, MicroBatch, Step
 
 MODES = ("auto", "eager", "native", "compiled", "captured")
+ASKED = "asked for"
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -124,7 +126,7 @@ def choose_mode(mode: str, device: torch.device) -> Choice:
     if impossible:
         raise ValueError(f"mode={mode}: {impossible}")
     if mode != "auto":
-        return Choice(mode, "asked for")
+        return Choice(mode, ASKED)
     if device.type == "cuda":
         return Choice("captured", "a GPU")
     return Choice(
@@ -161,8 +163,23 @@ class FastStep(Step):
         kind = (images.shape[1:], labels.shape[1:], labels.dtype)
         self._batch, self._kind = self._batch or len(images), self._kind or kind
         usual = len(images) == self._batch and kind == self._kind and len(images) % self.accumulate == 0
-        self._fast = usual or self.mode == "native"
+        self._fast = self.mode == "native" or (usual and self.mode != "eager")
+        try:
+            return super().__call__(images, labels, ids, **schedule)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            # The attack compiles first, before any weight has changed, so the step can be taken again.
+            self._fall_back(str(error).strip().splitlines()[0])
         return super().__call__(images, labels, ids, **schedule)
+
+    def _fall_back(self, why: str) -> None:
+        """To eager where the engine chose the mode itself; a mode that was asked for and cannot be had raises."""
+        if self._choice.reason == ASKED:
+            raise ValueError(
+                f"mode={self.mode}: this model cannot be compiled into one graph ({why}); use eager or auto"
+            )
+        self.mode, self.reason = self._choice = Choice("eager", f"this model cannot be compiled into one graph: {why}")
+        self._fast, self._graph, self._count = False, None, self._count - 1
+        warnings.warn(f"the step runs eagerly: {self.reason}", RuntimeWarning, stacklevel=3)
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """As in Step; a captured graph is captured anew."""

@@ -121,7 +121,7 @@ def hardware(device: torch.device | str) -> str:
     """What computes: the GPU's name, or processor, instruction set and threads, on which a CPU's ratios depend."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"cpu: {_processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def _processor() -> str:

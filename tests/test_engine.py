@@ -254,6 +254,39 @@ def test_the_usual_batch_can_be_told(model: nn.Module) -> None:
     assert not step._fast
 
 
+class Breaks(nn.Module):
+    """A model that the compiler cannot put into one graph, as peft's DoRA is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return self.fc(x.flatten(1))
+
+
+def test_a_model_that_does_not_compile_runs_eagerly_and_says_why() -> None:
+    torch.manual_seed(0)
+    slow, fast = Breaks(), Breaks()
+    fast.load_state_dict(slow.state_dict())
+    options = {"attack": PGD(eps=0.1, steps=2), "optimizer": SGD(lr=0.1)}
+    eager = compile_step(slow, ["fc"], mode="eager", **options)
+    step = FastStep(fast, ["fc"], choice=Choice("compiled", "a GPU"), **options)
+    x, y = data()
+    with pytest.warns(RuntimeWarning, match="cannot be compiled into one graph"):
+        first = step(x, y)
+    assert torch.equal(first, eager(x, y))
+    assert torch.equal(step(x, y), eager(x, y))
+    assert step.mode == "eager"
+    assert "one graph" in step.reason
+    step.select(["fc"])
+    assert step.mode == "eager"
+    asked = compile_step(Breaks(), ["fc"], mode="compiled", **options)
+    with pytest.raises(ValueError, match="use eager or auto"):
+        asked(x, y)
+
+
 def test_bf16_without_a_shadow_says_so(model: nn.Module) -> None:
     step = FastStep(copy.deepcopy(model), "everything", choice=Choice("native", "test"), precision="bf16", attack=None)
     assert "autocast" in step.reason
