@@ -197,16 +197,9 @@ class FastStep(Step):
         self._graph = None
         self.mode, self.reason = self._choice
         dropout = has_dropout(self.model, self._training)
-        if self.mode == "captured" and dropout:
-            self.mode, self.reason = (
-                "compiled",
-                "dropout is active in a trained module, and both passes must draw alike",
-            )
-        if self.mode == "captured" and self.optimizer.impl != "fused":
-            self.mode, self.reason = (
-                "compiled",
-                f"the {self.optimizer.impl} optimizer reads its learning rate on the host",
-            )
+        obstacle = self._obstacle(dropout)
+        if self.mode == "captured" and obstacle:
+            self.mode, self.reason = "compiled", obstacle
         self._shadow = self._make_shadow()
         pieces = self._pieces(dropout)
         first = min(segment_of(pieces, name) for name in self.store.layers)
@@ -215,6 +208,13 @@ class FastStep(Step):
         self._prefix = make(chain(pieces[:first])) if first else None
         self._suffix = make(suffix)
         self._choose_iteration()
+
+    def _obstacle(self, dropout: bool) -> str:
+        """Why this step cannot be one CUDA graph; "" if it can."""
+        if dropout:
+            return "dropout is active in a trained module, and both passes must draw alike"
+        foreign = self.optimizer.impl != "fused"
+        return f"the {self.optimizer.impl} optimizer reads its learning rate on the host" if foreign else ""
 
     def _pieces(self, dropout: bool) -> list[Segment]:
         plain = self.mode == "native" and self.precision == "fp32" and not dropout
@@ -388,7 +388,7 @@ class _OneDNN(TorchFunctionMode):
     """Sends every F.linear inside through ops.linear, in any model."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and args[0].numel() >= _SMALL * args[0].shape[-1]:
+        if func is F.linear and args and args[0].numel() >= _SMALL * args[0].shape[-1]:
             return ops.linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

@@ -19,7 +19,7 @@ from .attacks import PGD, Threat
 from .attacks.threat import TOLERANCE
 from .engine import fast_linear
 from .modes import eval_mode
-from .progress import Advance, track
+from .progress import track
 
 CHUNK = 64
 _NAMED = re.compile(r"(pgd|cw)-(\d+)$")
@@ -103,7 +103,7 @@ def evaluate(
             right = queue.clean()
             left.append(right.clone())
             for name, attack in chosen.items():
-                right = queue.survive(attack, right, name, advance if attack else None)
+                right = queue.survive(attack, right, name)
                 tallies[name] += int(right.sum())  # synchronises, once a queue and attack
             invalid += queue.invalid
             if save:
@@ -144,7 +144,7 @@ class _Queue:
         """[B] bool: classified rightly, with finite logits."""
         return self._right(torch.arange(len(self.x), device=self.x.device), self.x)
 
-    def survive(self, attack: PGD | None, right: Tensor, name: str, advance: Advance | None) -> Tensor:
+    def survive(self, attack: PGD | None, right: Tensor, name: str) -> Tensor:
         """[B] bool: still right after this attack, which sees only the images that were."""
         if attack is None:
             return right

@@ -71,7 +71,7 @@ def finetune(
     run.open(resume=resume)
     if (done := run.finished(compare)) is not None:
         return done
-    results = {"runs": [run.method(m) for m in [*methods(recipe, compare=compare)]]}
+    results = {"runs": [run.method(m) for m in methods(recipe, compare=compare)]}
     checkpoint.write(out / "curves.png", plot_curves(run.histories, chance=1 / len(run.data.classes)))
     checkpoint.write_json(out / "results.json", results)
     _show(results, recipe, n=len(run.data.test.labels))
@@ -370,13 +370,13 @@ def device_named(name: str | None) -> torch.device:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
-def model_for(recipe: Recipe, data: Dataset, *, weights: str | None = None) -> nn.Module:
+def model_for(recipe: Recipe, data: Dataset) -> nn.Module:
     """The recipe's model for this data, from its weights or starting checkpoint, drawn with the recipe's seed."""
     spec = recipe.model
     torch.manual_seed(mix(recipe.seed, "model"))
     model = create_model(
         spec.name, num_classes=len(data.classes), img_size=spec.img_size, patch_size=spec.patch_size,
-        in_chans=data.train.images.shape[1], weights=weights or recipe.start or spec.weights, **spec.args,
+        in_chans=data.train.images.shape[1], weights=recipe.start or spec.weights, **spec.args,
     )  # fmt: skip
     try:
         with torch.no_grad(), eval_mode(model):
